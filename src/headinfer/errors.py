@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error headinfer raises on purpose, and when a caller would catch it.
+
+    HeadInferError                      anything below
+    ├── InputError (ValueError)         what the user gave cannot be used: a size, a file, a prompt
+    ├── PlanError (ValueError)          the request cannot be placed
+    │   ├── BudgetTooSmall              ... in this much memory; names the smallest that works
+    │   └── UnsupportedModel            ... because of the model's own code or config
+    ├── UnsupportedAttention (NotImplementedError)   an attention call no implementation can run
+    ├── HandleError (RuntimeError)      model code did arithmetic on keys or values held elsewhere
+    ├── CacheStateError (RuntimeError)  the cache was used in a way its contents do not allow
+    ├── TierError (RuntimeError)        memory of a tier
+    │   ├── TierFull                    ... is used up; carries the numbers
+    │   └── TierClosed                  ... was used after close
+    └── TransferError (RuntimeError)    a copy between tiers did not complete
+
+Messages have four parts: what was asked, the numbers, why it cannot be, what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class HeadInferError(Exception):
+    """Base class of all errors raised on purpose by headinfer."""
+
+
+class InputError(HeadInferError, ValueError):
+    """The user's input cannot be used; the message says what would be accepted."""
+
+
+class PlanError(HeadInferError, ValueError):
+    """The request cannot be placed on this machine as asked."""
+
+
+class BudgetTooSmall(PlanError):
+    """A memory budget is smaller than the least that works.
+
+    Attributes:
+        tier: "gpu" or "host".
+        budget_bytes: what was allowed.
+        needed_bytes: the smallest budget of this tier that works for the same request.
+    """
+
+    def __init__(self, message: str, *, tier: str, budget_bytes: int, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.budget_bytes = budget_bytes
+        self.needed_bytes = needed_bytes
+
+
+class UnsupportedModel(PlanError):
+    """The model's code or config rules head-wise streaming out; the message names the way round."""
+
+
+class UnsupportedAttention(HeadInferError, NotImplementedError):
+    """No attention implementation can run this call.
+
+    Attributes:
+        reasons: one line per implementation (or per offending argument).
+    """
+
+    def __init__(self, message: str, *, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
+
+
+class HandleError(HeadInferError, RuntimeError):
+    """Code outside headinfer computed on a key, value or mask handle."""
+
+
+class CacheStateError(HeadInferError, RuntimeError):
+    """The cache cannot do what was asked in its present state."""
+
+
+class TierError(HeadInferError, RuntimeError):
+    """Memory of a tier failed."""
+
+
+class TierFull(TierError):
+    """A tier's budget is used up.
+
+    Attributes:
+        tier: "gpu" or "host".
+        budget_bytes: the tier's budget.
+        used_bytes: what is allocated already.
+        asked_bytes: what was asked on top.
+    """
+
+    def __init__(
+        self, message: str, *, tier: str, budget_bytes: int, used_bytes: int, asked_bytes: int
+    ) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.budget_bytes = budget_bytes
+        self.used_bytes = used_bytes
+        self.asked_bytes = asked_bytes
+
+
+class TierClosed(TierError):
+    """A tier was used after it was closed."""
+
+
+class TransferError(HeadInferError, RuntimeError):
+    """A copy between tiers did not complete, or was waited for too long."""

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a model's key-value cache, counted in bytes.
+
+A layer either keeps every token ("full": what headinfer places head by head), a window, a fixed
+state, or nothing. Knows no tensors and no model classes; `headinfer.hf.geometry` reads it off a
+transformers config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class LayerKind(Enum):
+    """What a layer caches."""
+
+    FULL = "full"
+    SLIDING = "sliding"
+    STATE = "state"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """One layer's cache.
+
+    Attributes:
+        kind: what is kept.
+        num_kv_heads: KV heads (1 for a latent cache).
+        key_dim: elements of one key.
+        value_dim: elements of one value.
+        num_query_heads: attention heads that read it.
+        window: tokens kept by a sliding layer, else 0.
+    """
+
+    kind: LayerKind
+    num_kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    num_query_heads: int = 0
+    window: int = 0
+
+    def head_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of one KV head over `tokens` tokens of one sequence."""
+        return tokens * (self.key_dim + self.value_dim) * itemsize
+
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of the whole layer over `tokens` tokens of one sequence."""
+        kept = min(tokens, self.window) if self.kind is LayerKind.SLIDING else tokens
+        if self.kind in (LayerKind.STATE, LayerKind.NONE):
+            return 0
+        return self.num_kv_heads * self.head_bytes(kept, itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The cache and the sizes that set a run's memory.
+
+    Attributes:
+        layers: in model order.
+        itemsize: bytes per element of keys and values.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP (the active experts' for a mixture).
+        vocab_size: rows of the output projection.
+        weight_bytes: bytes of all weights, 0 if unknown.
+        max_positions: positions the model was made for, 0 if unknown.
+        name: for messages.
+    """
+
+    layers: tuple[LayerGeometry, ...]
+    itemsize: int
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    vocab_size: int = 0
+    weight_bytes: int = 0
+    max_positions: int = 0
+    name: str = "model"
+
+    @property
+    def full_layers(self) -> tuple[LayerGeometry, ...]:
+        """The layers whose keys and values grow with the context."""
+        return tuple(layer for layer in self.layers if layer.kind is LayerKind.FULL)
+
+    def kv_bytes(self, tokens: int, *, batch: int = 1) -> int:
+        """Bytes of keys and values over `tokens` tokens, windows and states included as kept."""
+        return batch * sum(layer.kv_bytes(tokens, self.itemsize) for layer in self.layers)
+
+    def offloadable_bytes(self, tokens: int, *, batch: int = 1) -> int:
+        """Bytes of keys and values of the full layers over `tokens` tokens."""
+        return batch * sum(layer.kv_bytes(tokens, self.itemsize) for layer in self.full_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class FormatSpec:
+    """How stored keys and values are encoded.
+
+    Attributes:
+        name: as users write it.
+        exact: decoding gives the same bits back.
+        bytes_per_byte: stored bytes per byte of the model's dtype.
+    """
+
+    name: str
+    exact: bool
+    bytes_per_byte: float
+
+
+EXACT = FormatSpec(name="exact", exact=True, bytes_per_byte=1.0)
+FORMATS: dict[str, FormatSpec] = {EXACT.name: EXACT}

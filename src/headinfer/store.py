@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who holds which tokens of one head range of one layer: segments, the tail, row maps.
+
+Bookkeeping only: it hands out what to copy where and is told when that is done (prepare, then
+commit), and holds no bytes. Tokens `[0, stored)` lie in segments, `[stored, length)` in the tail;
+`stored` grows in whole blocks. A batch reordering (beam search) does not copy a segment: it
+changes the segment's map from batch rows to the rows as written, and closes it for appending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from headinfer.errors import CacheStateError
+from headinfer.layout import BLOCK_TOKENS, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens in one extent per head range.
+
+    Attributes:
+        key: names the segment's memory; never reused within a store.
+        start: first token.
+        capacity: tokens there is room for.
+        filled: tokens written (or being written).
+        rows: batch rows as written.
+        row_map: for each batch row of today, the row as written; None is the identity.
+    """
+
+    key: int
+    start: int
+    capacity: int
+    filled: int
+    rows: int
+    row_map: tuple[int, ...] | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.filled
+
+
+class Write(NamedTuple):
+    """Copy `tokens` tokens, beginning `source` tokens after the first not stored one, into
+    segment `key` at token offset `offset`."""
+
+    key: int
+    offset: int
+    source: int
+    tokens: int
+
+
+class Run(NamedTuple):
+    """Tokens `span` of the sequence lie in segment `key` from token offset `offset` on."""
+
+    key: int
+    offset: int
+    span: Span
+    row_map: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """What appending needs: segments to allocate, tokens to write, the tail it leaves."""
+
+    new_segments: tuple[Segment, ...]
+    writes: tuple[Write, ...]
+    tokens: int
+    tail_before: int
+    tail_after: int
+    _segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """What shortening needs: stored tokens that go back to the tail, segments to free."""
+
+    length: int
+    reload: Span
+    free: tuple[int, ...]
+    _segments: tuple[Segment, ...] = ()
+
+
+@dataclass(slots=True)
+class SpanStore:
+    """The ledger of one head range of one layer.
+
+    Attributes:
+        block_tokens: tokens stored together; 1 stores every token at once and keeps no tail.
+        grow_tokens: least capacity of a segment opened without a reservation.
+    """
+
+    block_tokens: int = BLOCK_TOKENS
+    grow_tokens: int = 8 * BLOCK_TOKENS
+    length: int = 0
+    stored: int = 0
+    batch: int = 0
+    epoch: int = 0
+    reserved: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    _next_key: int = 0
+    _reordered: bool = False
+
+    @property
+    def tail(self) -> int:
+        """Tokens in the tail."""
+        return self.length - self.stored
+
+    def reserve(self, total_tokens: int) -> None:
+        """The sequence is expected to reach `total_tokens`: open segments at exactly that size."""
+        self.reserved = max(self.reserved, total_tokens // self.block_tokens * self.block_tokens)
+
+    def prepare_append(self, tokens: int, *, batch: int) -> Append:
+        """What to allocate and copy for `tokens` more tokens; changes nothing.
+
+        Raises:
+            CacheStateError: the batch size differs from what is held.
+        """
+        if self.length and batch != self.batch:
+            raise CacheStateError(
+                f"the cache holds {self.batch} sequences and the update brings {batch}; use a new "
+                "cache, or reorder, repeat or select its rows first"
+            )
+        length = self.length + tokens
+        target = length // self.block_tokens * self.block_tokens
+        segments, new, writes = list(self.segments), [], []
+        position = self.stored
+        while position < target:
+            last = segments[-1] if segments else None
+            if last is None or not self._open(last, batch):
+                last = Segment(
+                    key=self._next_key + len(new),
+                    start=position,
+                    capacity=self._capacity(position, target - position),
+                    filled=0,
+                    rows=batch,
+                )
+                segments.append(last)
+                new.append(last)
+            count = min(target - position, last.capacity - last.filled)
+            writes.append(Write(last.key, last.filled, position - self.stored, count))
+            segments[-1] = replace(last, filled=last.filled + count)
+            position += count
+        return Append(
+            new_segments=tuple(new),
+            writes=tuple(writes),
+            tokens=tokens,
+            tail_before=self.tail,
+            tail_after=length - target,
+            _segments=tuple(segments),
+        )
+
+    def commit_append(self, append: Append, *, batch: int) -> None:
+        """The memory exists and the copies are under way."""
+        self.segments = list(append._segments)
+        self._next_key += len(append.new_segments)
+        self.length += append.tokens
+        self.batch = batch
+        stored = self.length - append.tail_after
+        if stored != self.stored:
+            self.stored = stored
+            self.epoch += 1
+
+    def prepare_crop(self, length: int) -> Crop:
+        """What to do to keep only `[0, length)`; changes nothing.
+
+        Raises:
+            CacheStateError: `length` is negative or more than is held.
+        """
+        if not 0 <= length <= self.length:
+            raise CacheStateError(
+                f"cannot crop to {length} tokens: the cache holds {self.length}; "
+                f"give 0..{self.length}"
+            )
+        if length >= self.stored:
+            return Crop(length, Span(length, length), (), tuple(self.segments))
+        stored = length // self.block_tokens * self.block_tokens
+        kept: list[Segment] = []
+        free: list[int] = []
+        for segment in self.segments:
+            if segment.start >= stored:
+                free.append(segment.key)
+            else:
+                kept.append(replace(segment, filled=min(segment.filled, stored - segment.start)))
+        return Crop(length, Span(stored, length), tuple(free), tuple(kept))
+
+    def commit_crop(self, crop: Crop) -> None:
+        """The reload has been copied out; forget the rest."""
+        self.length = crop.length
+        self.segments = list(crop._segments)
+        stored = min(self.stored, crop.reload.start)
+        if stored != self.stored:
+            self.stored = stored
+            self.epoch += 1
+
+    def reorder(self, index: Sequence[int]) -> None:
+        """Batch row i is from now on what row `index[i]` was; also repeats and selects.
+
+        Raises:
+            CacheStateError: an index outside the batch.
+        """
+        if self.length and any(not 0 <= row < self.batch for row in index):
+            raise CacheStateError(f"row index {list(index)} outside a batch of {self.batch}")
+        if tuple(index) == tuple(range(self.batch)):
+            return
+        self.segments = [
+            replace(segment, row_map=_compose(segment.row_map, index)) for segment in self.segments
+        ]
+        self.batch = len(index)
+        self.epoch += 1
+        self._reordered = True
+
+    def replaced(self, key: int, *, rows: int) -> None:
+        """Segment `key` was rewritten in the order of today's batch rows."""
+        self.segments = [
+            replace(segment, rows=rows, row_map=None) if segment.key == key else segment
+            for segment in self.segments
+        ]
+        self.epoch += 1
+
+    def clear(self) -> tuple[int, ...]:
+        """Forget everything; returns the keys of the segments to free."""
+        keys = tuple(segment.key for segment in self.segments)
+        self.segments, self.length, self.stored, self.batch = [], 0, 0, 0
+        self.epoch += 1
+        self._reordered = False
+        return keys
+
+    def runs(self, span: Span) -> list[Run]:
+        """Where the stored tokens of `span` lie, in order.
+
+        Raises:
+            CacheStateError: part of `span` is not stored.
+        """
+        found: list[Run] = []
+        for segment in self.segments:
+            part = Span(segment.start, segment.stop).clip(span)
+            if part.tokens:
+                offset = part.start - segment.start
+                found.append(Run(segment.key, offset, part, segment.row_map))
+        if sum(run.span.tokens for run in found) != span.tokens:
+            raise CacheStateError(f"tokens {span} are not all stored; {self.stored} are")
+        return found
+
+    def _open(self, segment: Segment, batch: int) -> bool:
+        return (
+            segment.filled < segment.capacity
+            and segment.row_map is None
+            and segment.rows == batch
+        )
+
+    def _capacity(self, start: int, needed: int) -> int:
+        if self.reserved - start >= needed and not self._reordered:
+            return self.reserved - start
+        # After a reordering a segment closes at the next one: room beyond the need is lost.
+        if self._reordered and self.block_tokens > 1:
+            return needed
+        # A large append is a prefill chunk, and the next one opens its own segment.
+        return max(needed, self.grow_tokens)
+
+
+def _compose(
+    row_map: tuple[int, ...] | None, index: Sequence[int]
+) -> tuple[int, ...]:
+    return tuple(index) if row_map is None else tuple(row_map[row] for row in index)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test: no model hub, and a skip with its reason where a GPU is needed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before anything imports transformers: a test that forgets to be local fails instead of waiting.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

@@ -158,10 +158,8 @@ class SpanStore:
         self._next_key += len(append.new_segments)
         self.length += append.tokens
         self.batch = batch
-        stored = self.length - append.tail_after
-        if stored != self.stored:
-            self.stored = stored
-            self.epoch += 1
+        # Stored tokens never change in place, so tiles staged before stay good: no new epoch.
+        self.stored = self.length - append.tail_after
 
     def prepare_crop(self, length: int) -> Crop:
         """What to do to keep only `[0, length)`; changes nothing.
@@ -246,9 +244,7 @@ class SpanStore:
 
     def _open(self, segment: Segment, batch: int) -> bool:
         return (
-            segment.filled < segment.capacity
-            and segment.row_map is None
-            and segment.rows == batch
+            segment.filled < segment.capacity and segment.row_map is None and segment.rows == batch
         )
 
     def _capacity(self, start: int, needed: int) -> int:
@@ -261,7 +257,5 @@ class SpanStore:
         return max(needed, self.grow_tokens)
 
 
-def _compose(
-    row_map: tuple[int, ...] | None, index: Sequence[int]
-) -> tuple[int, ...]:
+def _compose(row_map: tuple[int, ...] | None, index: Sequence[int]) -> tuple[int, ...]:
     return tuple(index) if row_map is None else tuple(row_map[row] for row in index)

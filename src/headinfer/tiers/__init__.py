@@ -32,7 +32,9 @@ class Tier(Protocol):
         """
         ...
 
-    def view(self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def view(
+        self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         """The bytes from `offset` on as a contiguous tensor; shares memory with the extent."""
         ...
 

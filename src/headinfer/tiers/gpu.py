@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headinfer.errors import TierClosed, TierFull
 from headinfer.layout import Extent, aligned
+from headinfer.tiers.arena import bytes_as
 
 
 class DeviceTier:
@@ -45,7 +46,9 @@ class DeviceTier:
         self.used_bytes += size
         return Extent(self._next, 0, size)
 
-    def view(self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def view(
+        self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
         return bytes_as(self._arenas[extent.arena], extent.offset + offset, shape, dtype)
 
     def free(self, extent: Extent) -> None:
@@ -56,11 +59,3 @@ class DeviceTier:
         self._arenas.clear()
         self.used_bytes = 0
         self._closed = True
-
-
-def bytes_as(arena: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The bytes of a uint8 `arena` from `offset` on, as a tensor of `shape` and `dtype`."""
-    elements = 1
-    for size in shape:
-        elements *= size
-    return arena[offset : offset + elements * dtype.itemsize].view(dtype).view(shape)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys a query row sees, answered block by block so that no mask of q x s ever exists.
+
+A recipe cuts (query rows x key span) into blocks that are wholly visible, causal squares, or
+carry a bias of bounded size; blocks nobody sees are left out. Rows count from the first query of
+the call, keys from the first token of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+MASK_ELEMENTS = 2**22
+"""Largest bias a recipe makes at once, in elements: 4 MiB of booleans."""
+
+
+class Block(NamedTuple):
+    """Query rows [r0, r1) against keys [k0, k1).
+
+    `causal` blocks are square: row r0 + i sees keys k0..k0 + i. `bias` is [b or 1, h or 1,
+    rows or 1, keys], boolean or additive; None means every row sees every key.
+    """
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    causal: bool = False
+    bias: Tensor | None = None
+
+
+class MaskRecipe(Protocol):
+    """Must not wait for the device in `blocks`: it runs inside the layer loop."""
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        """The visible blocks of rows x keys, each (row, key) pair in at most one."""
+        ...
+
+
+class Everything:
+    """Every row sees every key."""
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        if keys[0] < keys[1] and rows[0] < rows[1]:
+            yield Block(rows, keys)
+
+
+class Causal:
+    """Row i sees keys 0..offset + i."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        (r0, r1), (k0, k1) = rows, keys
+        if r0 >= r1:
+            return
+        past = min(k1, self.offset + r0)  # keys before these are seen by all rows
+        if k0 < past:
+            yield Block(rows, (k0, past))
+        start = max(k0, past)
+        stop = min(k1, self.offset + r1)
+        if start >= stop:
+            return
+        first, last = start - self.offset, stop - self.offset
+        yield Block((first, last), (start, stop), causal=True)
+        if last < r1:
+            yield Block((last, r1), (start, stop))
+
+
+class Padding:
+    """The part of a [b, s] padding mask that hides something, known to the host.
+
+    Reading the mask waits for the device once, when it is made, never per layer.
+
+    Attributes:
+        visible: [b, s] bool on the device.
+        hull: keys outside [start, stop) are visible in every row.
+    """
+
+    def __init__(self, visible: Tensor, length: int) -> None:
+        missing = length - visible.shape[1]
+        if missing > 0:  # a mask shorter than the keys hides the rest
+            visible = torch.nn.functional.pad(visible, (0, missing))
+        self.visible = visible[:, :length]
+        hidden = (~self.visible).any(dim=0).nonzero().flatten().tolist()
+        self.hull = (hidden[0], hidden[-1] + 1) if hidden else (0, 0)
+
+    @property
+    def hides(self) -> bool:
+        return self.hull[0] < self.hull[1]
+
+
+class PaddedCausal:
+    """Causal, and keys that are padding are seen by nobody."""
+
+    def __init__(self, offset: int, padding: Padding) -> None:
+        self._causal = Causal(offset)
+        self._padding = padding
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        start, stop = self._padding.hull
+        yield from self._causal.blocks(rows, (keys[0], min(keys[1], start)))
+        yield from self._hidden(rows, (max(keys[0], start), min(keys[1], stop)))
+        yield from self._causal.blocks(rows, (max(keys[0], stop), keys[1]))
+
+    def _hidden(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        for block in self._causal.blocks(rows, keys):
+            visible = self._padding.visible[:, None, None, block.keys[0] : block.keys[1]]
+            if not block.causal:
+                yield block._replace(bias=visible)
+                continue
+            yield from self._square(block, visible)
+
+    def _square(self, block: Block, visible: Tensor) -> Iterator[Block]:
+        """A causal square as row slices of bounded bias."""
+        (r0, r1), (k0, k1) = block.rows, block.keys
+        step = max(1, MASK_ELEMENTS // ((k1 - k0) * visible.shape[0]))
+        index = torch.arange(k1 - k0, device=visible.device)
+        for start in range(0, r1 - r0, step):
+            stop = min(start + step, r1 - r0)
+            bias = visible[..., :stop] & (index[:stop] <= index[start:stop, None])
+            yield Block((r0 + start, r0 + stop), (k0, k0 + stop), bias=bias)
+
+
+class Given:
+    """A mask somebody made in full: [b or 1, h or 1, t, s], boolean or additive."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        stop = min(keys[1], self._mask.shape[-1])  # keys past the mask are hidden
+        if keys[0] >= stop or rows[0] >= rows[1]:
+            return
+        part = self._mask[..., keys[0] : stop]
+        if part.shape[-2] != 1:
+            part = part[..., rows[0] : rows[1], :]
+        yield Block(rows, (keys[0], stop), bias=part)
+
+
+class Biased:
+    """Another recipe with a position bias [b or 1, h, t, s] added to the scores."""
+
+    def __init__(self, recipe: MaskRecipe, bias: Tensor) -> None:
+        self._recipe = recipe
+        self._bias = bias
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        for block in self._recipe.blocks(rows, keys):
+            (r0, r1), (k0, k1) = block.rows, block.keys
+            bias = self._bias[..., k0:k1]
+            if bias.shape[-2] != 1:
+                bias = bias[..., r0:r1, :]
+            if block.causal:
+                index = torch.arange(k1 - k0, device=bias.device)
+                bias = bias.masked_fill(index > index[: r1 - r0, None], -torch.inf)
+            if block.bias is not None and block.bias.dtype == torch.bool:
+                bias = bias.masked_fill(~block.bias, -torch.inf)
+            elif block.bias is not None:
+                bias = bias + block.bias
+            yield Block(block.rows, block.keys, bias=bias)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention written out: scores, softcap, bias, log-sum-exp, weighted sum.
+
+The oracle for every other implementation, in float64 when given float64, and the one that runs
+what no fused kernel does. Works through query rows in slices so that the scores stay bounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headinfer.attention.types import AttentionSpec, Partial
+
+SCORE_ELEMENTS = 2**24
+"""Scores held at a time (64 MiB in float32)."""
+
+
+class ReferenceAttention:
+    """Any device, type, dims, softcap and bias."""
+
+    name = "reference"
+
+    def unsupported(self, spec: AttentionSpec) -> list[str]:
+        return []
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool = False,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Partial:
+        batch, heads, rows, _ = q.shape
+        step = max(1, SCORE_ELEMENTS // max(batch * heads * k.shape[2], 1))
+        parts = [
+            _rows(q, k, v, slice(start, min(start + step, rows)), scale, causal, bias, softcap)
+            for start in range(0, rows, step)
+        ]
+        if not parts:
+            return _rows(q, k, v, slice(0, 0), scale, causal, bias, softcap)
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return Partial(torch.cat(outs, dim=2), torch.cat(lses, dim=2))
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: slice,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> Partial:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, _, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = q[:, :, rows].to(dtype).reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ k.to(dtype).transpose(-1, -2) * scale).view(batch, heads, -1, keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        index = torch.arange(q.shape[2], device=q.device)[rows]
+        hidden = torch.arange(keys, device=q.device) > index[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if bias is not None:
+        block = bias if bias.shape[-2] == 1 else bias[..., rows, :]
+        if block.dtype == torch.bool:
+            scores = scores.masked_fill(~block, -torch.inf)
+        else:
+            scores = scores + block
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).nan_to_num_(nan=0.0)
+    out = weights.view(batch, kv_heads, -1, keys) @ v.to(dtype)
+    return Partial(out.view(batch, heads, -1, v.shape[-1]), lse)

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A range of KV heads of one layer and the memory its keys and values lie in.
+
+`DirectHeads` lie where the compute device reads them in place (resident on the GPU, or host
+memory when the CPU computes). `OffloadedHeads` lie in a tier that must be staged; their newest
+tokens wait in a tail on the compute device and go down in whole blocks. Neither attends.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headinfer.errors import TierFull
+from headinfer.formats import KVFormat
+from headinfer.layout import BLOCK_TOKENS, Extent, HeadGroup, Span, Tile, aligned
+from headinfer.store import Run, Segment, SpanStore, Write
+from headinfer.tiers import Tier
+from headinfer.tiers.arena import bytes_as
+from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
+
+PERMUTE_TOKENS = 8 * BLOCK_TOKENS
+"""A reordering rewrites directly held segments up to this size instead of mapping their rows."""
+
+
+class KVShape(NamedTuple):
+    """What is the same for every token of a layer."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def token_bytes(self, batch: int) -> int:
+        """Bytes of one token of one head, keys and values, all batch rows."""
+        return batch * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """Keys and values [b, h, t, d] of the tokens from `start` on, readable by compute."""
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+
+class WriteBuffers:
+    """Two contiguous buffers on the compute device that new blocks pass through on their way
+    down: a copy engine moves contiguous runs, and the model's own keys are strided."""
+
+    def __init__(self, engine: TransferEngine, device: torch.device, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._engine = engine
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._free_after = [engine.fence(), engine.fence()]
+        self._next = 0
+
+    def acquire(self) -> tuple[int, Tensor]:
+        """A buffer whose last copy has left, as far as compute enqueued from now on can tell."""
+        index = self._next
+        self._next = 1 - index
+        self._engine.wait(self._free_after[index])
+        return index, self._buffers[index]
+
+    def release(self, index: int, after: Ticket) -> None:
+        """The buffer is free once `after` is done."""
+        self._free_after[index] = after
+
+
+class _Memory:
+    """Extents of segments: keys [heads, rows, capacity, key_dim], then values."""
+
+    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup) -> None:
+        self.tier = tier
+        self.shape = shape
+        self.heads = heads
+        self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
+
+    def allocate(self, key: int, rows: int, capacity: int) -> None:
+        """Raises TierFull when the tier's budget does not allow it."""
+        shape, count = self.shape, self.heads.heads * rows * capacity
+        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
+        extent = self.tier.allocate(k_bytes + count * shape.value_dim * shape.dtype.itemsize)
+        leading = (self.heads.heads, rows, capacity)
+        k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
+        v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
+        self.segments[key] = extent, k, v
+
+    def allocate_all(self, segments: Sequence[Segment]) -> None:
+        """All or none."""
+        done: list[int] = []
+        try:
+            for segment in segments:
+                self.allocate(segment.key, segment.rows, segment.capacity)
+                done.append(segment.key)
+        except TierFull:
+            self.free(done)
+            raise
+
+    def free(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self.tier.free(self.segments.pop(key)[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent, _, _ in self.segments.values())
+
+    def clone_into(self, other: _Memory) -> None:
+        for key, (_, k, v) in self.segments.items():
+            other.allocate(key, k.shape[1], k.shape[2])
+            _, other_k, other_v = other.segments[key]
+            other_k.copy_(k)
+            other_v.copy_(v)
+
+
+class DirectHeads:
+    """Heads attended where they lie; every token is stored at once."""
+
+    def __init__(
+        self, tier: Tier, shape: KVShape, heads: HeadGroup, *, expected_tokens: int | None
+    ) -> None:
+        self.heads = heads
+        self.shape = shape
+        self.store = SpanStore(block_tokens=1)
+        if expected_tokens is not None:
+            self.store.reserve(expected_tokens)
+        self._memory = _Memory(tier, shape, heads)
+
+    @property
+    def stored_bytes(self) -> int:
+        return self._memory.nbytes
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store k, v [b, h of the range, t, d]."""
+        batch = k.shape[0]
+        append = self.store.prepare_append(k.shape[2], batch=batch)
+        self._memory.allocate_all(append.new_segments)
+        for write in append.writes:
+            _, stored_k, stored_v = self._memory.segments[write.key]
+            there = slice(write.offset, write.offset + write.tokens)
+            here = slice(write.source, write.source + write.tokens)
+            stored_k[:, :, there].copy_(k[:, :, here].transpose(0, 1))
+            stored_v[:, :, there].copy_(v[:, :, here].transpose(0, 1))
+        self.store.commit_append(append, batch=batch)
+
+    def pieces(self, length: int) -> Iterator[Piece]:
+        """Everything in [0, length), in place; only reordered rows are gathered."""
+        for run in self.store.runs(Span(0, length)):
+            _, k, v = self._memory.segments[run.key]
+            there = slice(run.offset, run.offset + run.span.tokens)
+            rows_k, rows_v = k[:, :, there], v[:, :, there]
+            if run.row_map is not None:
+                rows = torch.tensor(run.row_map, device=k.device)
+                rows_k, rows_v = rows_k.index_select(1, rows), rows_v.index_select(1, rows)
+            yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
+
+    def crop(self, length: int) -> None:
+        crop = self.store.prepare_crop(length)
+        self.store.commit_crop(crop)
+        self._memory.free(crop.free)
+
+    def reorder(self, index: Sequence[int]) -> None:
+        self.store.reorder(index)
+        for segment in self.store.segments:
+            if segment.row_map is None or segment.filled > PERMUTE_TOKENS:
+                continue
+            extent, k, v = self._memory.segments.pop(segment.key)
+            rows = torch.tensor(segment.row_map, device=k.device)
+            self._memory.allocate(segment.key, len(segment.row_map), segment.capacity)
+            _, new_k, new_v = self._memory.segments[segment.key]
+            new_k[:, :, : segment.filled] = k[:, :, : segment.filled].index_select(1, rows)
+            new_v[:, :, : segment.filled] = v[:, :, : segment.filled].index_select(1, rows)
+            self._memory.tier.free(extent)
+            self.store.replaced(segment.key, rows=len(segment.row_map))
+
+    def clear(self) -> None:
+        self._memory.free(self.store.clear())
+
+    def clone(self, tier: Tier) -> DirectHeads:
+        twin = DirectHeads(tier, self.shape, self.heads, expected_tokens=None)
+        twin.store = copy.deepcopy(self.store)
+        self._memory.clone_into(twin._memory)
+        return twin
+
+
+class OffloadedHeads:
+    """Heads in a tier compute cannot read; new tokens wait in the tail until a block is full.
+
+    Attributes:
+        recent: what the running layer's attention reads besides stored tokens, set by `append`
+            until `forget_recent`: the tail and the fresh keys are then about to be overwritten
+            or released.
+        last_write: ticket of the youngest copy down; loads of this range come after it.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        shape: KVShape,
+        heads: HeadGroup,
+        *,
+        engine: TransferEngine,
+        device: torch.device,
+        fmt: KVFormat,
+        expected_tokens: int | None,
+    ) -> None:
+        self.heads = heads
+        self.shape = shape
+        self.store = SpanStore()
+        if expected_tokens is not None:
+            self.store.reserve(expected_tokens)
+        self.recent: list[Piece] | None = None
+        self.written_bytes = 0
+        self._memory = _Memory(tier, shape, heads)
+        self._engine = engine
+        self._device = device
+        self._format = fmt
+        self._tail: tuple[Tensor, Tensor] | None = None
+        self.last_write: Ticket = engine.fence()
+        self._tail_free_after: Ticket = self.last_write
+
+    @property
+    def stored_bytes(self) -> int:
+        return self._memory.nbytes
+
+    @property
+    def tail_bytes(self) -> int:
+        return 0 if self._tail is None else sum(t.numel() * t.element_size() for t in self._tail)
+
+    def append(self, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
+        """Take k, v [b, h of the range, t, d]; start writing whole blocks back.
+
+        k and v must stay unchanged until `forget_recent`.
+        """
+        batch, tokens = k.shape[0], k.shape[2]
+        append = self.store.prepare_append(tokens, batch=batch)
+        self._memory.allocate_all(append.new_segments)
+        start, stored = self.store.length, self.store.stored
+        tail_k, tail_v = self._tail_buffers(batch)
+        before, after = append.tail_before, append.tail_after
+        self._engine.wait(self._tail_free_after)
+        if before + tokens <= BLOCK_TOKENS:
+            tail_k[:, :, before : before + tokens].copy_(k.transpose(0, 1))
+            tail_v[:, :, before : before + tokens].copy_(v.transpose(0, 1))
+            self.recent = [_tail_piece(stored, tail_k, tail_v, before + tokens)]
+            if append.writes:
+                self._write_tail(append.writes, tail_k, tail_v)
+        else:
+            self.recent = [Piece(start, k, v)]
+            old = _tail_piece(stored, tail_k, tail_v, before)
+            if before:  # the leftover of k, v overwrites the tail before attention reads it
+                old = Piece(stored, old.k.clone(), old.v.clone())
+                self.recent.insert(0, old)
+            self._write_blocks(append.writes, old, Piece(start, k, v), buffers)
+            if after:
+                tail_k[:, :, :after].copy_(k[:, :, tokens - after :].transpose(0, 1))
+                tail_v[:, :, :after].copy_(v[:, :, tokens - after :].transpose(0, 1))
+        self.store.commit_append(append, batch=batch)
+
+    def forget_recent(self) -> None:
+        """The layer's attention has been enqueued; later readers use stored tokens and tail."""
+        self.recent = None
+
+    def recent_pieces(self, length: int) -> list[Piece]:
+        """What [0, length) has beyond the stored prefix, in order."""
+        pieces = self.recent
+        if pieces is None:
+            if self._tail is None or not self.store.tail:
+                return []
+            pieces = [_tail_piece(self.store.stored, *self._tail, self.store.tail)]
+        return [_clip(piece, length) for piece in pieces if piece.start < length]
+
+    def prefix(self, length: int) -> int:
+        """Stored tokens that attention over [0, length) reads from the tier."""
+        start = self.recent[0].start if self.recent else self.store.stored
+        return min(start, length)
+
+    def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
+        """The copies that bring `tile` into a slot's bytes, laid out as `unpack` expects."""
+        k, v = self._slot_views(tile, slot)
+        copies: list[Copy] = []
+        for run in self.store.runs(tile.span):
+            _, stored_k, stored_v = self._memory.segments[run.key]
+            at = run.span.start - tile.span.start
+            copies += self._run_copies(tile.group, run, at, stored_k, k)
+            copies += self._run_copies(tile.group, run, at, stored_v, v)
+        return copies
+
+    def unpack(self, tile: Tile, slot: Tensor) -> Piece:
+        """The tile's keys and values as compute reads them from a slot."""
+        k, v = self._slot_views(tile, slot)
+        decode = self._format.decode
+        return Piece(tile.span.start, decode(k).transpose(0, 1), decode(v).transpose(0, 1))
+
+    def pieces(self, length: int) -> Iterator[Piece]:
+        """Everything in [0, length) copied to the compute device, for readers without a ring."""
+        prefix = self.prefix(length)
+        if prefix:
+            nbytes = self.heads.heads * self.shape.token_bytes(self.store.batch) * prefix
+            slot = torch.empty(nbytes + aligned(1), dtype=torch.uint8, device=self._device)
+            tile = Tile(-1, self.heads, Span(0, prefix), self.store.epoch)
+            copies = self.load(tile, slot)
+            after = [self._engine.fence(), self.last_write]
+            self._engine.wait(self._engine.submit(copies, lane=Lane.IN, after=after))
+            yield self.unpack(tile, slot)
+        yield from self.recent_pieces(length)
+
+    def crop(self, length: int) -> None:
+        crop = self.store.prepare_crop(length)
+        self.recent = None
+        if crop.reload.tokens:
+            self._reload_tail(crop.reload)
+        if crop.free:
+            self._engine.drain()  # a load or write of these segments may still be under way
+        self.store.commit_crop(crop)
+        self._memory.free(crop.free)
+
+    def reorder(self, index: Sequence[int]) -> None:
+        self.store.reorder(index)
+        self.recent = None
+        if self._tail is not None:
+            self._engine.wait(self._tail_free_after)
+            rows = torch.tensor(list(index), device=self._device)
+            tail_k, tail_v = self._tail
+            self._tail = tail_k.index_select(1, rows), tail_v.index_select(1, rows)
+
+    def clear(self) -> None:
+        self._engine.drain()
+        self.recent = self._tail = None
+        self._memory.free(self.store.clear())
+
+    def clone(self, tier: Tier) -> OffloadedHeads:
+        self._engine.drain()
+        twin = OffloadedHeads(
+            tier,
+            self.shape,
+            self.heads,
+            engine=self._engine,
+            device=self._device,
+            fmt=self._format,
+            expected_tokens=None,
+        )
+        twin.store = copy.deepcopy(self.store)
+        if self._tail is not None:
+            twin._tail = self._tail[0].clone(), self._tail[1].clone()
+        self._memory.clone_into(twin._memory)
+        return twin
+
+    def _tail_buffers(self, batch: int) -> tuple[Tensor, Tensor]:
+        if self._tail is None or self._tail[0].shape[1] != batch:
+            leading, shape = (self.heads.heads, batch, BLOCK_TOKENS), self.shape
+            self._tail = (
+                torch.zeros((*leading, shape.key_dim), dtype=shape.dtype, device=self._device),
+                torch.zeros((*leading, shape.value_dim), dtype=shape.dtype, device=self._device),
+            )
+        return self._tail
+
+    def _write_tail(self, writes: Sequence[Write], tail_k: Tensor, tail_v: Tensor) -> None:
+        """The tail is exactly one full block: copy it down from where it is."""
+        for write in writes:
+            self._submit(write.key, write.offset, tail_k, tail_v, write.source, write.tokens)
+        self._tail_free_after = self.last_write
+
+    def _write_blocks(
+        self, writes: Sequence[Write], old: Piece, new: Piece, buffers: WriteBuffers
+    ) -> None:
+        """Blocks made of the old tail and the fresh keys go through the write buffers."""
+        per_token = self.heads.heads * self.shape.token_bytes(new.k.shape[0])
+        step = max(1, (buffers.nbytes - aligned(1)) // per_token)
+        for write in writes:
+            for done in range(0, write.tokens, step):
+                tokens = min(step, write.tokens - done)
+                index, buffer = buffers.acquire()
+                k, v = self._views(buffer, self.heads.heads, new.k.shape[0], tokens)
+                source = old.start + write.source + done
+                for piece in (old, new):
+                    self._encode(piece, source, k, v)
+                self._submit(write.key, write.offset + done, k, v, 0, tokens)
+                buffers.release(index, self.last_write)
+
+    def _encode(self, piece: Piece, start: int, k: Tensor, v: Tensor) -> None:
+        """Put what `piece` has of the tokens from `start` on into k, v [h, b, t, d]."""
+        wanted = Span(start, start + k.shape[2])
+        common = Span(piece.start, piece.start + piece.k.shape[2]).clip(wanted)
+        if common.tokens:
+            there = slice(common.start - start, common.stop - start)
+            here = slice(common.start - piece.start, common.stop - piece.start)
+            self._format.encode(piece.k[:, :, here].transpose(0, 1), k[:, :, there])
+            self._format.encode(piece.v[:, :, here].transpose(0, 1), v[:, :, there])
+
+    def _submit(
+        self, key: int, offset: int, k: Tensor, v: Tensor, source: int, tokens: int
+    ) -> None:
+        _, stored_k, stored_v = self._memory.segments[key]
+        there, here = slice(offset, offset + tokens), slice(source, source + tokens)
+        copies = [
+            Copy(down[head, row, there], up[head, row, here])
+            for down, up in ((stored_k, k), (stored_v, v))
+            for head in range(up.shape[0])
+            for row in range(up.shape[1])
+        ]
+        self.last_write = self._engine.submit(copies, lane=Lane.OUT, after=[self._engine.fence()])
+        self.written_bytes += sum(item.nbytes for item in copies)
+
+    def _run_copies(
+        self, group: HeadGroup, run: Run, at: int, stored: Tensor, slot: Tensor
+    ) -> list[Copy]:
+        first = group.start - self.heads.start
+        there = slice(run.offset, run.offset + run.span.tokens)
+        here = slice(at, at + run.span.tokens)
+        whole = stored[first : first + group.heads, :, there]
+        if run.row_map is None and whole.is_contiguous() and slot[:, :, here].is_contiguous():
+            return [Copy(slot[:, :, here], whole)]
+        rows = range(slot.shape[1]) if run.row_map is None else run.row_map
+        return [
+            Copy(slot[head, row, here], whole[head, written])
+            for head in range(group.heads)
+            for row, written in enumerate(rows)
+        ]
+
+    def _slot_views(self, tile: Tile, slot: Tensor) -> tuple[Tensor, Tensor]:
+        return self._views(slot, tile.group.heads, self.store.batch, tile.span.tokens)
+
+    def _views(self, buffer: Tensor, heads: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+        shape, leading = self.shape, (heads, batch, tokens)
+        k_bytes = aligned(heads * batch * tokens * shape.key_dim * shape.dtype.itemsize)
+        k = bytes_as(buffer, 0, (*leading, shape.key_dim), shape.dtype)
+        return k, bytes_as(buffer, k_bytes, (*leading, shape.value_dim), shape.dtype)
+
+    def _reload_tail(self, span: Span) -> None:
+        tile = Tile(-1, self.heads, span, self.store.epoch)
+        batch = self.store.batch
+        nbytes = self.heads.heads * self.shape.token_bytes(batch) * span.tokens + aligned(1)
+        slot = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        after = [self._engine.fence(), self.last_write]
+        self._engine.wait(self._engine.submit(self.load(tile, slot), lane=Lane.IN, after=after))
+        self._engine.wait(self._tail_free_after)
+        piece = self.unpack(tile, slot)
+        for tail, found in zip(self._tail_buffers(batch), (piece.k, piece.v), strict=True):
+            tail[:, :, : span.tokens].copy_(found.transpose(0, 1))
+
+
+def _tail_piece(start: int, tail_k: Tensor, tail_v: Tensor, tokens: int) -> Piece:
+    return Piece(
+        start, tail_k[:, :, :tokens].transpose(0, 1), tail_v[:, :, :tokens].transpose(0, 1)
+    )
+
+
+def _clip(piece: Piece, length: int) -> Piece:
+    keep = length - piece.start
+    if keep >= piece.k.shape[2]:
+        return piece
+    return Piece(piece.start, piece.k[:, :, :keep], piece.v[:, :, :keep])

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tier of host memory: exact-size anonymous mappings, page-locked when a GPU copies from them.
+
+Every extent is a mapping of its own, so memory in use is what was asked for (torch's pinned
+allocator rounds up to a power of two) and growth never copies what is stored. Huge pages and
+touching by all threads make page-locking several times faster than allocating pinned memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+from headinfer.errors import TierClosed, TierFull
+from headinfer.layout import Extent, aligned
+from headinfer.tiers.arena import bytes_as
+
+_log = logging.getLogger(__name__)
+
+
+class HostTier:
+    """Extents in host memory, at most `budget_bytes` in all (None: what the system gives).
+
+    Attributes:
+        pin: extents are page-locked for a CUDA device.
+        pin_failure: why page-locking was given up, None while it works.
+        used_bytes: allocated now.
+    """
+
+    name = "host"
+
+    def __init__(self, *, budget_bytes: int | None = None, pin: bool = False) -> None:
+        self.budget_bytes = budget_bytes
+        self.pin = pin
+        self.pin_failure: str | None = None
+        self.used_bytes = 0
+        self._arenas: dict[int, _Mapping] = {}
+        self._next = 0
+        self._closed = False
+
+    def allocate(self, nbytes: int) -> Extent:
+        if self._closed:
+            raise TierClosed(f"the {self.name} tier is closed")
+        size = aligned(nbytes)
+        if self.budget_bytes is not None and self.used_bytes + size > self.budget_bytes:
+            raise self._full(size, f"of {self.budget_bytes / 2**30:.2f} GiB allowed")
+        try:
+            mapping = _Mapping(size)
+        except (OSError, ValueError) as error:
+            raise self._full(size, f"and the system refused more ({error})") from error
+        if self.pin:
+            self.pin_failure = mapping.register()
+            if self.pin_failure is not None:
+                self.pin = False
+                _log.warning(
+                    "host memory is not page-locked, transfers will be several times slower: %s",
+                    self.pin_failure,
+                )
+        self._next += 1
+        self._arenas[self._next] = mapping
+        self.used_bytes += size
+        return Extent(self._next, 0, size)
+
+    def view(
+        self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        return bytes_as(self._arenas[extent.arena].bytes, extent.offset + offset, shape, dtype)
+
+    def free(self, extent: Extent) -> None:
+        self._arenas.pop(extent.arena).release()
+        self.used_bytes -= extent.nbytes
+
+    def close(self) -> None:
+        for mapping in self._arenas.values():
+            mapping.release()
+        self._arenas.clear()
+        self.used_bytes = 0
+        self._closed = True
+
+    def _full(self, size: int, why: str) -> TierFull:
+        return TierFull(
+            f"keys and values need {size / 2**30:.2f} GiB more host memory: "
+            f"{self.used_bytes / 2**30:.2f} GiB are used {why}; raise host_memory to "
+            f"{(self.used_bytes + size) / 2**30:.2f} GiB or more, or shorten the context",
+            tier=self.name,
+            budget_bytes=self.budget_bytes or 0,
+            used_bytes=self.used_bytes,
+            asked_bytes=size,
+        )
+
+
+class _Mapping:
+    """One anonymous mapping; page-locked between `register` and `release`."""
+
+    def __init__(self, nbytes: int) -> None:
+        region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            region.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes: Tensor = torch.frombuffer(region, dtype=torch.uint8)[:nbytes]
+        self._unlock: weakref.finalize[[int], _Mapping] | None = None
+
+    def register(self) -> str | None:
+        """Page-lock for CUDA; returns why that failed, None when it worked."""
+        self.bytes.zero_()  # touched by all of torch's threads: locking then only pins
+        cudart = torch.cuda.cudart()
+        pointer = self.bytes.data_ptr()
+        error = cudart.cudaHostRegister(pointer, self.bytes.numel(), 0)
+        if int(error) != 0:
+            return f"cudaHostRegister of {self.bytes.numel()} B failed with {error}"
+        # Also runs at interpreter exit, before the mapping's memory goes.
+        self._unlock = weakref.finalize(self, cudart.cudaHostUnregister, pointer)
+        return None
+
+    def release(self) -> None:
+        if self._unlock is not None:
+            self._unlock()
+        self.bytes = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves bytes between tiers: two copy lanes, tickets that streams wait for, the staging ring.
+
+This is where a tile is copied. Ordering is by events in both directions (the lane waits until a
+slot's last reader is done, compute waits until the slot is full) and the host never waits. Knows
+nothing of heads, plans or formats: a tile is an opaque key, and the caller lists its copies.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from headinfer.layout import Tile
+
+
+class Lane(Enum):
+    """Copies in one lane run in order; the two lanes run at the same time."""
+
+    IN = "in"
+    OUT = "out"
+
+
+class Copy(NamedTuple):
+    """`dst` becomes a copy of `src`: same shape and type, both contiguous."""
+
+    dst: Tensor
+    src: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.dst.numel() * self.dst.element_size()
+
+
+class Ticket(Protocol):
+    """Something under way; handed out and understood by one engine."""
+
+
+class TransferEngine(Protocol):
+    """Runs copies. Called on the thread that runs the model; no call waits for the device except
+    `drain`. Both ends of a copy stay allocated and unchanged until its ticket was waited for."""
+
+    def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        """Enqueue `copies` on `lane`, to start when all of `after` are done."""
+        ...
+
+    def fence(self) -> Ticket:
+        """A ticket for everything enqueued on the compute stream so far."""
+        ...
+
+    def wait(self, ticket: Ticket) -> None:
+        """Work enqueued from now on on the compute stream starts after `ticket`."""
+        ...
+
+    def drain(self) -> None:
+        """Return when everything submitted has landed."""
+        ...
+
+
+class InlineEngine:
+    """Copies at once, on the calling thread: for a compute device that is the CPU."""
+
+    _DONE = object()
+
+    def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        for copy in copies:
+            copy.dst.copy_(copy.src)
+        return self._DONE
+
+    def fence(self) -> Ticket:
+        return self._DONE
+
+    def wait(self, ticket: Ticket) -> None:
+        """Nothing is ever under way."""
+
+    def drain(self) -> None:
+        """Nothing is ever under way."""
+
+
+class CudaEngine:
+    """One stream per lane beside the compute stream of `device`; tickets are events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lanes = {lane: torch.cuda.Stream(device) for lane in Lane}
+
+    def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        stream = self._lanes[lane]
+        with torch.cuda.stream(stream):
+            for ticket in after:
+                assert isinstance(ticket, torch.cuda.Event)
+                stream.wait_event(ticket)
+            for copy in copies:
+                copy.dst.copy_(copy.src, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
+
+    def fence(self) -> Ticket:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, torch.cuda.Event)
+        torch.cuda.current_stream(self.device).wait_event(ticket)
+
+    def drain(self) -> None:
+        for stream in self._lanes.values():
+            stream.synchronize()
+
+
+@dataclass(slots=True)
+class Slot:
+    """One landing place of the ring; `free_after` is its last reader's ticket."""
+
+    buffer: Tensor
+    free_after: Ticket
+
+
+class _Staged(NamedTuple):
+    tile: Tile
+    slot: Slot
+    landed: Ticket
+
+
+Loader = Callable[[Tile, Tensor], tuple[Sequence[Copy], Sequence[Ticket]]]
+"""For a tile and a slot's bytes: the copies that fill it and what they must come after."""
+
+
+class StagingRing:
+    """Tiles on their way to compute, in the order they will be used, a fixed number of slots.
+
+    Slots are filled ahead of use as they become free. Asking for a tile that is not the next one
+    drops what was staged.
+
+    Attributes:
+        poison: fill a slot with NaN bytes when it is given back, so that a read too late shows.
+        loaded_bytes: copied into slots so far.
+        loaded_tiles: staged so far.
+        dropped_tiles: staged for nothing so far.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        slots: Sequence[Tensor],
+        load: Loader,
+        *,
+        poison: bool = False,
+    ) -> None:
+        self.poison = poison
+        self._engine = engine
+        self._load = load
+        self._free = deque(Slot(buffer, engine.fence()) for buffer in slots)
+        self._staged: deque[_Staged] = deque()
+        self._taken: Slot | None = None
+        self.loaded_bytes = 0
+        self.loaded_tiles = 0
+        self.dropped_tiles = 0
+
+    def take(self, tile: Tile) -> Tensor:
+        """The slot's bytes holding `tile`; compute waits for them. One tile at a time."""
+        if not self._staged or self._staged[0].tile != tile:
+            self.flush()
+            self._stage(tile)
+        staged = self._staged.popleft()
+        self._engine.wait(staged.landed)
+        self._taken = staged.slot
+        return staged.slot.buffer
+
+    def give_back(self) -> None:
+        """Compute has enqueued its last read of the tile taken."""
+        assert self._taken is not None
+        if self.poison:
+            self._taken.buffer.fill_(0xFF)
+        self._taken.free_after = self._engine.fence()
+        self._free.append(self._taken)
+        self._taken = None
+
+    @property
+    def upcoming(self) -> Tile | None:
+        """The tile staged for the next `take`."""
+        return self._staged[0].tile if self._staged else None
+
+    def prefetch(self, source: Callable[[], Tile | None]) -> None:
+        """Stage tiles from `source` while slots are free; it answers None when it has no next."""
+        while self._free:
+            tile = source()
+            if tile is None:
+                return
+            self._stage(tile)
+
+    def flush(self) -> None:
+        """Forget what is staged: what is stored has changed, or another tile is wanted."""
+        self.dropped_tiles += len(self._staged)
+        while self._staged:
+            self._free.append(self._staged.popleft().slot)
+
+    def _stage(self, tile: Tile) -> None:
+        slot = self._free.popleft()
+        copies, after = self._load(tile, slot.buffer)
+        landed = self._engine.submit(copies, lane=Lane.IN, after=[slot.free_after, *after])
+        self._staged.append(_Staged(tile, slot, landed))
+        self.loaded_bytes += sum(copy.nbytes for copy in copies)
+        self.loaded_tiles += 1

@@ -447,6 +447,17 @@ class Runner:
         return self._device_tiers[device]
 
 
+def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of `query` over plain k, v [b, h, s, d], [b, t, h, d]: the same arithmetic as over
+    a cache, for what the fused kernels of transformers do not take."""
+    batch, heads, rows, _ = query.q.shape
+    total = _Total(query, query.q, (0, heads), AUTO)
+    total.add(Piece(0, k, v))
+    out = query.q.new_empty(batch, rows, heads, query.value_dim)
+    total.finish(out)
+    return out
+
+
 class _Total:
     """Partials of some query heads, merged as they come."""
 

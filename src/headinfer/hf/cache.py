@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache handed to transformers: full-attention layers become head-wise, all others stay stock.
+
+transformers builds the right list of layers from the config; those whose exact type is
+`DynamicLayer` (and the attention half of hybrid layers) are replaced. `update` stores and returns
+handles; the "headinfer" attention function streams them. Plan and memory come to exist at the
+first update, when device, type and batch are known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+from typing_extensions import Unpack
+
+from headinfer.budget import MemoryBudget
+from headinfer.errors import CacheStateError, InputError
+from headinfer.geometry import Geometry
+from headinfer.hf.geometry import geometry_of, layers_seen, resolve_budget
+from headinfer.hf.handles import KVHandle, Origin
+from headinfer.plan import Options, Plan, make_plan
+from headinfer.runner import Query, Runner, RunnerSettings, Stats
+from headinfer.transfer import TransferEngine
+
+EngineFactory = Callable[[torch.device], TransferEngine]
+
+
+class CacheOptions(TypedDict, total=False):
+    """Keyword arguments of `HeadCache` and `attach`; all optional, the plan chooses the rest.
+
+    Sizes are written "24GiB" or in bytes. See `headinfer.plan.Options` for the meaning of each.
+    """
+
+    gpu_memory: str | int | None
+    host_memory: str | int | None
+    chunk_tokens: int | None
+    kv_format: str
+    expected_tokens: int | None
+    on_unsupported: str
+    tile_bytes: str | int | None
+    num_slots: int | None
+    staging: bool | None
+    resident_heads: int | None
+    attention: str
+    poison: bool
+
+
+def options_from(given: CacheOptions) -> Options:
+    """The record behind the keyword arguments.
+
+    Raises:
+        InputError: an unknown name or an unusable value.
+    """
+    known = CacheOptions.__annotations__
+    for name in given:
+        if name not in known:
+            raise InputError(f"{name!r} is not an option; options: {', '.join(known)}")
+    from headinfer.budget import parse_bytes
+
+    rest: dict[str, Any] = dict(given)
+    budget = MemoryBudget.parse(rest.pop("gpu_memory", None), rest.pop("host_memory", None))
+    if rest.get("tile_bytes") is not None:
+        rest["tile_bytes"] = parse_bytes(rest["tile_bytes"], name="tile_bytes")
+    return Options(budget=budget, **rest)
+
+
+class Backing:
+    """What the layers of one cache share: options until the first update, then plan and runner."""
+
+    def __init__(
+        self,
+        options: Options,
+        geometry: Geometry | None,
+        *,
+        latent: bool = False,
+        engine: EngineFactory | None = None,
+    ) -> None:
+        self.options = options
+        self.geometry = geometry
+        self.latent = latent
+        self.engine = engine
+        self.plan: Plan | None = None
+        self.runner: Runner | None = None
+        self.settled = False
+
+    def runner_for(self, key: Tensor, value: Tensor, layers: int) -> Runner:
+        """The runner; made by the first update of any layer."""
+        if self.runner is None:
+            geometry = self.geometry or layers_seen(layers, key, value)
+            geometry = replace(geometry, itemsize=key.element_size())
+            if not self.settled:
+                options = resolve_budget(self.options, key.device)
+                self.plan = make_plan(
+                    geometry, options, device=key.device.type, batch=key.shape[0]
+                )
+            assert self.plan is not None
+            self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
+        return self.runner
+
+    def clone(self) -> Backing:
+        twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
+        twin.plan, twin.settled = self.plan, self.settled
+        twin.runner = None if self.runner is None else self.runner.clone()
+        return twin
+
+
+def settings_of(plan: Plan, options: Options) -> RunnerSettings:
+    """What the runner needs of a plan."""
+    return RunnerSettings(
+        staging=plan.staging,
+        slot_bytes=plan.slot_bytes,
+        num_slots=plan.num_slots,
+        write_bytes=plan.write_bytes,
+        resident_heads=plan.resident_heads,
+        expected_tokens=plan.expected_tokens,
+        host_bytes=plan.budget.host_bytes,
+        kv_format=plan.kv_format,
+        attention=options.attention,
+        poison=options.poison,
+    )
+
+
+class HeadLayer(CacheLayerMixin):
+    """One full-attention layer, kept head by head."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, backing: Backing, index: int) -> None:
+        super().__init__()
+        self.backing = backing
+        self.index = index
+        self.length = 0
+
+    @property
+    def on_unsupported(self) -> str:
+        return self.backing.options.on_unsupported
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._handle(values=False)
+
+    @keys.setter
+    def keys(self, given: Tensor | None) -> None:
+        self._refuse_assignment(given)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._handle(values=True)
+
+    @values.setter
+    def values(self, given: Tensor | None) -> None:
+        self._refuse_assignment(given)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [b, h, t, d]; returns handles on all of them.
+
+        Raises:
+            CacheStateError: the batch size or a shape changed.
+            TierFull: a memory budget is used up.
+            BudgetTooSmall: at the first update, when the plan does not fit.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        runner = self.backing.runner_for(key_states, value_states, self.index + 1)
+        self.length = runner.append(self.index, key_states, value_states)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys, values
+
+    def attend(self, length: int, query: Query) -> Tensor:
+        """Attention over the first `length` tokens, [b, t, h, d]."""
+        return self._runner().attend(self.index, length, query)
+
+    def gather(self, length: int, *, values: bool) -> Tensor:
+        """Keys or values [b, h, t, d] of the first `length` tokens, on the compute device."""
+        return self._runner().gather(self.index, length, values=values)
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        new = query_length.shape[0] if isinstance(query_length, Tensor) else int(query_length)
+        return self.length + new, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        """Keys and values are where the plan wants them already."""
+
+    def prefetch(self) -> None:
+        """The runner prefetches by tile."""
+
+    def reset(self) -> None:
+        if self.backing.runner is not None:
+            self.backing.runner.drop(self.index)
+        self.length = 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-n` tokens; a positive n is the length to keep, as older callers mean."""
+        count = int(tokens_to_remove)
+        if count == 0 or self.length == 0:
+            return
+        length = self.length + count if count < 0 else min(count, self.length)
+        length = max(length, 0)
+        self._runner().crop(self.index, length)
+        self.length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._reorder(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._reorder([row for row in range(self._batch()) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        chosen = torch.as_tensor(indices)
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero().flatten()
+        self._reorder(chosen.tolist())
+
+    def _batch(self) -> int:
+        runner = self.backing.runner
+        layer = None if runner is None else runner.layers.get(self.index)
+        return 0 if layer is None else layer.batch
+
+    def _reorder(self, rows: Sequence[int]) -> None:
+        if self.length:
+            self._runner().reorder(self.index, rows)
+
+    def _runner(self) -> Runner:
+        runner = self.backing.runner
+        if runner is None:
+            raise CacheStateError(f"layer {self.index} holds no tokens yet; run a forward pass")
+        return runner
+
+    def _handle(self, *, values: bool) -> Tensor | None:
+        runner = self.backing.runner
+        layer = None if runner is None else runner.layers.get(self.index)
+        if layer is None or not self.length:
+            return None
+        shape = layer.shape
+        width = shape.value_dim if values else shape.key_dim
+        latent = self.backing.latent and shape.num_kv_heads == 1
+        origin = Origin(self, self.length, values, latent=latent)
+        full = (layer.batch, shape.num_kv_heads, self.length, width)
+        return KVHandle(full, shape.dtype, layer.device, origin)
+
+    def _refuse_assignment(self, given: Tensor | None) -> None:
+        if given is not None:
+            raise CacheStateError(
+                f"something assigned keys or values of layer {self.index}, which are kept head by "
+                "head outside the GPU; use update(), or a DynamicCache for code that rewrites them"
+            )
+
+
+class HybridHeadLayer(LinearAttentionLayer, HeadLayer):
+    """A layer with linear-attention states beside full attention (Falcon-H1, Zamba2)."""
+
+    is_compileable = False
+
+    def __init__(self, backing: Backing, index: int, number_of_states: int = 1) -> None:
+        HeadLayer.__init__(self, backing, index)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # Attention passes two positional tensors, linear attention its states by keyword.
+        if len(args) == 2 and not kwargs:
+            HeadLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def offload(self) -> None:
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        HeadLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        HeadLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        HeadLayer.crop(self, tokens_to_remove)
+
+
+class HeadCache(DynamicCache):
+    """A transformers cache whose full-attention layers are kept head by head.
+
+    Pass it as `past_key_values=`; the model must run with attn_implementation="headinfer" (which
+    `headinfer.attach` sets), or the cache be made with on_unsupported="materialize".
+
+    Args:
+        config: the model's config. Without one every layer is kept in full, windows too.
+        weight_bytes: bytes of the model's weights on the compute device, for the plan.
+        engine: makes the transfer engine of a device (for tests).
+        options: see `CacheOptions`.
+
+    Raises:
+        InputError: an option that is not one, or an unusable value.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        weight_bytes: int = 0,
+        engine: EngineFactory | None = None,
+        **options: Unpack[CacheOptions],
+    ) -> None:
+        from headinfer.hf.attention import register
+
+        register()
+        super().__init__(config=config)
+        text = None if config is None else config.get_text_config(decoder=True)
+        geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
+        latent = getattr(text, "kv_lora_rank", None) is not None
+        self.backing = Backing(options_from(options), geometry, latent=latent, engine=engine)
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = _LayerFactory(self.backing)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = HeadLayer(self.backing, index)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                count = len(layer.conv_states) if hasattr(layer, "conv_states") else 1
+                self.layers[index] = HybridHeadLayer(self.backing, index, max(count, 1))
+
+    @property
+    def head_layers(self) -> list[HeadLayer]:
+        """The layers kept head by head."""
+        return [layer for layer in self.layers if isinstance(layer, HeadLayer)]
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was decided; None before the first update."""
+        return self.backing.plan
+
+    def stats(self) -> Stats:
+        """Bytes held and moved."""
+        runner = self.backing.runner
+        return Stats() if runner is None else runner.stats()
+
+    def crop_to_complete(self) -> int:
+        """After a forward pass that failed midway: crop to the tokens every layer holds.
+
+        Returns:
+            The length kept.
+        """
+        lengths = [layer.length for layer in self.head_layers]
+        keep = min(lengths, default=0)
+        for layer in self.head_layers:
+            if layer.length > keep:
+                layer.crop(keep - layer.length)
+        return keep
+
+    def close(self) -> None:
+        """Free all memory now rather than when the cache is collected."""
+        if self.backing.runner is not None:
+            self.backing.runner.close()
+            self.backing.runner = None
+        for layer in self.head_layers:
+            layer.length, layer.is_initialized = 0, False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
+        twin = HeadCache.__new__(HeadCache)
+        memo[id(self)] = twin
+        backing = self.backing.clone()
+        memo[id(self.backing)] = backing
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+
+class _LayerFactory:
+    """Makes the next layer when a cache without a config meets a new layer index."""
+
+    def __init__(self, backing: Backing) -> None:
+        self._backing = backing
+        self._made = 0
+
+    def __call__(self) -> HeadLayer:
+        layer = HeadLayer(self._backing, self._made)
+        self._made += 1
+        return layer

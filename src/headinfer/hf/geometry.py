@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a model's geometry off its transformers config, and free memory off the machine.
+
+The kinds of layers come from the cache transformers itself would build, so no model is known by
+name here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from headinfer.budget import MemoryBudget
+from headinfer.errors import UnsupportedModel
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.plan import Options
+
+HOST_SHARE = 0.9
+"""Of the host memory available now, what a run takes unless told otherwise."""
+GPU_SHARE = 0.95
+
+
+def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
+    """The geometry of a model with this config.
+
+    Raises:
+        UnsupportedModel: the config lacks a size that is needed.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = tuple(
+        _layer(layer, text) for layer in DynamicCache(config=config).layers
+    )
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+    return Geometry(
+        layers=layers,
+        itemsize=itemsize,
+        hidden_size=_hidden_size(text),
+        intermediate_size=_intermediate_size(text),
+        vocab_size=int(getattr(text, "vocab_size", 0) or 0),
+        weight_bytes=weight_bytes,
+        max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
+        name=str(getattr(config, "model_type", "model")),
+    )
+
+
+def weight_bytes_of(model: PreTrainedModel, device: torch.device) -> int:
+    """Bytes of parameters and buffers on `device`, shared ones counted once."""
+    seen: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device == device:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
+    """The geometry of a cache made without a config, from its first update."""
+    layer = LayerGeometry(
+        LayerKind.FULL, key.shape[1], key.shape[-1], value.shape[-1], key.shape[1]
+    )
+    return Geometry(layers=(layer,) * count, itemsize=key.element_size())
+
+
+def resolve_budget(options: Options, device: torch.device) -> Options:
+    """`options` with both budgets filled in from what is free now."""
+    budget = options.budget
+    host = budget.host_bytes
+    if host is None:
+        host = int(psutil.virtual_memory().available * HOST_SHARE)
+    gpu = budget.gpu_bytes
+    if gpu is None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        mine = torch.cuda.memory_reserved(device)
+        gpu = int((free + mine) * GPU_SHARE)
+    return replace(options, budget=MemoryBudget(gpu_bytes=gpu, host_bytes=host))
+
+
+def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
+    if not isinstance(layer, CacheLayerMixin):
+        kind = LayerKind.NONE if type(layer).__name__ == "DummyLayer" else LayerKind.STATE
+        return LayerGeometry(kind)
+    heads, query_heads, key_dim, value_dim = _heads(text)
+    if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
+        window = int(getattr(layer, "sliding_window", 0) or 0)
+        return LayerGeometry(
+            LayerKind.SLIDING, heads, key_dim, value_dim, query_heads, window
+        )
+    return LayerGeometry(LayerKind.FULL, heads, key_dim, value_dim, query_heads)
+
+
+def _heads(text: PreTrainedConfig) -> tuple[int, int, int, int]:
+    query_heads = _first(text, "num_attention_heads", "n_head", "decoder_attention_heads")
+    heads = getattr(text, "num_key_value_heads", None)
+    if heads is None:
+        heads = 1 if getattr(text, "multi_query", False) else query_heads
+    rank = getattr(text, "kv_lora_rank", None)
+    if rank is not None:
+        return 1, query_heads, int(rank), int(getattr(text, "qk_rope_head_dim", 0) or 0)
+    dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    if dim is None:
+        dim = _hidden_size(text) // max(query_heads, 1)
+    value_dim = getattr(text, "v_head_dim", None) or dim
+    return int(heads), query_heads, int(dim), int(value_dim)
+
+
+def _hidden_size(text: PreTrainedConfig) -> int:
+    return _first(text, "hidden_size", "d_model", "n_embd", "dim")
+
+
+def _intermediate_size(text: PreTrainedConfig) -> int:
+    """The MLP's width per token; a mixture counts the experts one token passes."""
+    dense = 0
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim"):
+        size = getattr(text, name, None)
+        if isinstance(size, (list, tuple)):
+            size = max(size)
+        if size:
+            dense = int(size)
+            break
+    expert = getattr(text, "moe_intermediate_size", None)
+    active = getattr(text, "num_experts_per_tok", None)
+    if isinstance(expert, int) and isinstance(active, int):
+        return max(dense, expert * active)
+    return dense or 4 * _hidden_size(text)
+
+
+def _first(text: PreTrainedConfig, *names: str) -> int:
+    for name in names:
+        size = getattr(text, name, None)
+        if isinstance(size, (list, tuple)):
+            size = max(size)
+        if size:
+            return int(size)
+    raise UnsupportedModel(
+        f"the config of {getattr(text, 'model_type', 'this model')} has none of "
+        f"{', '.join(names)}; headinfer needs it to size the cache"
+    )

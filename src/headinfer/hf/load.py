@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model and its tokenizer from what a user names: a folder, a GGUF file, a hub id, or "demo".
+
+Every way a name can be wrong becomes one `InputError` with the remedy, and a hub that cannot be
+reached is noticed in seconds. Nothing here knows what the model is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headinfer.errors import InputError
+from headinfer.hf.demo_model import OnStep, demo_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Arguments of `from_pretrained` for one model.
+
+    Attributes:
+        name: what the user wrote.
+        path: folder or hub id.
+        gguf_file: name of the GGUF file inside `path`.
+        local: nothing has to be asked of a hub.
+    """
+
+    name: str
+    path: str
+    gguf_file: str | None = None
+    local: bool = True
+
+    def arguments(self, *, trust_remote_code: bool) -> dict[str, Any]:
+        # False, not unset: unset asks on the terminal and waits for an answer.
+        given: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.local:
+            given["local_files_only"] = True
+        if self.gguf_file is not None:
+            given["gguf_file"] = self.gguf_file
+        return given
+
+
+def load_model(
+    source: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    on_step: OnStep | None = None,
+) -> tuple[Any, Any]:
+    """The model, in evaluation mode on `device`, and its tokenizer.
+
+    Args:
+        source: local folder, GGUF file, hub id, or "demo" for the embedded SmolLM2-135M-Instruct.
+        dtype: one of `DTYPES`; None is as stored, but float32 for the demo and for GGUF files on a
+            CPU, where half precision gains nothing.
+        device: a torch device; None is CUDA where there is one, else the CPU.
+        trust_remote_code: run Python code that comes with the model.
+        on_step: told how preparing the demo model gets on.
+
+    Raises:
+        InputError: there is no such model, device or dtype, or the model cannot be read.
+    """
+    place = _device(device)
+    found = _find(source, on_step)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = found.arguments(trust_remote_code=trust_remote_code)
+    with _quiet(found.local), _explained(found):
+        tokenizer = AutoTokenizer.from_pretrained(found.path, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            found.path, dtype=_dtype(dtype, found, place), **arguments
+        )
+        return _move(model.eval(), place), tokenizer
+
+
+def load_config(
+    source: str, *, trust_remote_code: bool = False, on_step: OnStep | None = None
+) -> Any:
+    """The model's config alone, without its weights.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    found = _find(source, on_step)
+    from transformers import AutoConfig
+
+    with _quiet(found.local), _explained(found):
+        arguments = found.arguments(trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(found.path, **arguments)
+
+
+def _find(source: str, on_step: OnStep | None) -> Source:
+    if source == "demo":
+        return Source(source, str(demo_folder(on_step)))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(source, path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{source} is a file but not a GGUF file; name the folder it is in, or a .gguf file"
+            )
+        return Source(source, str(path.parent), gguf_file=path.name)
+    if _looks_like_path(source):
+        raise InputError(
+            f"there is no folder or file {source}; name a folder with safetensors weights, a GGUF "
+            "file, the id of a model on a hub, or demo"
+        )
+    return _on_hub(source)
+
+
+def _folder(source: str, path: Path) -> Source:
+    if (path / "config.json").is_file():
+        return Source(source, str(path))
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(files) == 1:
+        return Source(source, str(path), gguf_file=files[0])
+    detail = f"{len(files)} GGUF files: name one of them" if files else "no config.json in it"
+    raise InputError(f"the folder {source} is not a model that can be loaded: {detail}")
+
+
+def _looks_like_path(source: str) -> bool:
+    is_id = source.count("/") <= 1 and source[:1] not in {"/", ".", "~", "\\", ""}
+    return not is_id or source.lower().endswith(".gguf")
+
+
+def _on_hub(source: str) -> Source:
+    """A hub id; from the local hub cache alone if the hub does not answer."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return Source(source, source)
+    return Source(source, source, local=not _hub_answers())
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # noqa: BLE001  whatever the HTTP library raises: the hub is out of reach
+        return False
+    return True
+
+
+def _device(device: str | None) -> Any:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} is not a device; use cpu, cuda or cuda:N") from error
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise InputError(
+                f"device={device!r} was asked for, but torch {torch.__version__} sees {count} CUDA "
+                "devices; use --device cpu, or install a torch with CUDA and check the driver"
+            )
+    return place
+
+
+def _dtype(dtype: str | None, found: Source, place: Any) -> Any:
+    import torch
+
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if dtype is None or dtype == "auto":
+        on_cpu = place.type == "cpu"
+        if found.gguf_file is not None:
+            return torch.float32 if on_cpu else torch.bfloat16
+        return torch.float32 if found.name == "demo" and on_cpu and dtype is None else "auto"
+    return getattr(torch, dtype)
+
+
+def _move(model: Any, place: Any) -> Any:
+    import torch
+
+    try:
+        return model.to(place)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(place)
+        weights = model.get_memory_footprint()
+        raise InputError(
+            f"the weights do not fit on {place}: {weights} bytes are needed, {free} of {total} "
+            "are free. Use --dtype bfloat16, --device cpu, or a smaller model"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """No notices, and bars only where bytes come from a hub, not for reading a local file."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(found: Source) -> Iterator[None]:
+    """Turn what transformers raises for an unusable model into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError) as error:
+        raise InputError(_reason(found, error)) from error
+
+
+def _reason(found: Source, error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            f"{found.name} brings its own Python code, which is not run unasked; read it, then use "
+            "--trust-remote-code (trust_remote_code=True)"
+        )
+    if Path(found.path).is_dir():
+        return f"the model {found.name} cannot be loaded: {text}"
+    if found.local:
+        offline = os.environ.get("HF_HUB_OFFLINE")
+        why = "HF_HUB_OFFLINE is set" if offline else "the model hub cannot be reached"
+        return (
+            f"there is no folder {found.name}, the model is not in the local hub cache, and "
+            f"{why}. Name a local folder or a GGUF file, or use demo"
+        )
+    return f"the model {found.name} cannot be loaded from the hub: {text}"
+
+
+__all__ = ["DTYPES", "OnStep", "load_config", "load_model"]

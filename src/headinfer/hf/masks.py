@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mask function registered with transformers: a recipe instead of a [b, 1, t, s] tensor.
+
+A block of any pattern (sliding, chunked, packed, image blocks, custom) is transformers' own
+`sdpa_mask` at shifted offsets, so no pattern is written again here. Offsets are frozen as whole
+numbers when the mask is made: some caches hand out tensors they later change in place.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from headinfer.attention.masks import (
+    MASK_ELEMENTS,
+    Block,
+    Causal,
+    Everything,
+    MaskRecipe,
+    PaddedCausal,
+    Padding,
+)
+from headinfer.hf.handles import LazyMask
+
+CACHED_BYTES = 64 * 2**20
+"""Evaluated blocks kept per mask, for the other layers that use it."""
+
+MaskFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """The arguments of `sdpa_mask` that do not depend on the block."""
+
+    batch: int
+    q_offset: int
+    kv_offset: int
+    function: MaskFunction
+    visible: Tensor | None
+    use_vmap: bool
+    device: torch.device
+
+    def block(self, rows: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+        """bool [b, 1, rows, keys]."""
+        mask = sdpa_mask(
+            batch_size=self.batch,
+            q_length=rows[1] - rows[0],
+            kv_length=keys[1] - keys[0],
+            q_offset=self.q_offset + rows[0],
+            kv_offset=self.kv_offset + keys[0],
+            mask_function=self.function,
+            attention_mask=self.visible,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=self.use_vmap,
+            device=self.device,
+        )
+        assert mask is not None
+        return mask
+
+
+class FunctionRecipe:
+    """Any other pattern: evaluated block by block, blocks remembered for later layers."""
+
+    def __init__(self, pattern: _Pattern) -> None:
+        self._pattern = pattern
+        self._cache: OrderedDict[tuple[int, ...], tuple[Tensor, bool | None]] = OrderedDict()
+        self._cached_bytes = 0
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        if rows[0] >= rows[1] or keys[0] >= keys[1]:
+            return
+        side = max(1, int((MASK_ELEMENTS // self._pattern.batch) ** 0.5))
+        row_step = min(rows[1] - rows[0], max(side, MASK_ELEMENTS // (keys[1] - keys[0])))
+        key_step = max(1, MASK_ELEMENTS // (self._pattern.batch * row_step))
+        for r0 in range(rows[0], rows[1], row_step):
+            for k0 in range(keys[0], keys[1], key_step):
+                part = (r0, min(r0 + row_step, rows[1])), (k0, min(k0 + key_step, keys[1]))
+                mask, uniform = self._evaluate(*part)
+                if uniform is None:
+                    yield Block(*part, bias=mask)
+                elif uniform:
+                    yield Block(*part)
+
+    def _evaluate(
+        self, rows: tuple[int, int], keys: tuple[int, int]
+    ) -> tuple[Tensor, bool | None]:
+        place = (*rows, *keys)
+        if place in self._cache:
+            self._cache.move_to_end(place)
+            return self._cache[place]
+        mask = self._pattern.block(rows, keys)
+        uniform: bool | None = None
+        if mask.device.type == "cpu":  # elsewhere the answer would have to be waited for
+            if not bool(mask.any()):
+                uniform = False
+            elif bool(mask.all()):
+                uniform = True
+        self._cache[place] = mask, uniform
+        self._cached_bytes += mask.numel()
+        while self._cached_bytes > CACHED_BYTES and len(self._cache) > 1:
+            _, (old, _) = self._cache.popitem(last=False)
+            self._cached_bytes -= old.numel()
+        return mask, uniform
+
+
+@torch.compiler.disable
+def headinfer_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> LazyMask | None:
+    """A lazy mask for these lengths, or None where every key is visible to every query.
+
+    Arguments as transformers passes them to mask functions; `attention_mask` is [b, s].
+    """
+    if device is None:
+        device = torch.device("cpu") if attention_mask is None else attention_mask.device
+    device = torch.device(device)
+    q_offset, kv_offset, kv_length = int(q_offset), int(kv_offset), int(kv_length)
+    padding = None
+    if attention_mask is not None:
+        shifted = attention_mask[:, kv_offset : kv_offset + kv_length]
+        padding = Padding(shifted.to(device=device, dtype=torch.bool), kv_length)
+        if not padding.hides:
+            attention_mask = padding = None
+    if allow_is_bidirectional_skip and padding is None:
+        if local_size is None or kv_length < local_size:
+            return None
+    pattern = _Pattern(
+        batch=batch_size,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        function=mask_function,
+        visible=attention_mask,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    recipe: MaskRecipe
+    if mask_function is causal_mask_function and not use_vmap:
+        offset = q_offset - kv_offset
+        recipe = Causal(offset) if padding is None else PaddedCausal(offset, padding)
+    elif mask_function is bidirectional_mask_function and not use_vmap and padding is None:
+        recipe = Everything()
+    else:
+        recipe = FunctionRecipe(pattern)
+    shape = (batch_size, 1, q_length, kv_length)
+    return LazyMask(
+        shape, device, recipe, lambda: pattern.block((0, q_length), (0, kv_length))
+    )
+
+
+def register_mask(name: str) -> None:
+    """Make the mask function known to transformers under `name`."""
+    AttentionMaskInterface.register(name, headinfer_mask)

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes where: geometry + budget + request -> heads per tier, tile and chunk size, peaks.
+
+A function, not a plug-in: everything it decides is data in the `Plan`, with the reason beside it.
+Counts bytes only. The activation model is calibrated on measured peaks (docs/placement.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from headinfer.budget import MIB, MemoryBudget, format_bytes
+from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.geometry import FORMATS, FormatSpec, Geometry
+from headinfer.layout import BLOCK_TOKENS, aligned
+
+GPU_CHUNK_TOKENS = 8192
+CPU_CHUNK_TOKENS = 1024
+LEAST_CHUNK_TOKENS = BLOCK_TOKENS
+SLOT_BYTES = 16 * MIB
+"""One KV head of 128 dims over 32K tokens in bf16: long enough for full transfer rate and for
+attention that is not launch-bound."""
+NUM_SLOTS = 8
+LEAST_SLOTS = 2
+LEAST_SLOT_BYTES = MIB // 4
+WORKSPACE_BYTES = 192 * MIB
+"""cuBLAS and cuDNN workspaces, allocator rounding."""
+
+ON_UNSUPPORTED = ("error", "materialize")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may fix; None lets the plan choose.
+
+    Attributes:
+        budget: memory allowed per tier.
+        chunk_tokens: tokens prefilled per forward pass.
+        kv_format: how offloaded keys and values are stored.
+        expected_tokens: prompt plus new tokens, if known: memory is then exact and heads can be
+            kept resident.
+        on_unsupported: "error", or "materialize" to hand whole layers to model code that does
+            arithmetic on keys and values itself.
+        tile_bytes: size of a staging slot.
+        num_slots: staging slots.
+        staging: stage tiles through the ring even where host memory can be read in place.
+        resident_heads: KV heads per layer that never leave the GPU.
+        attention: attention implementation to insist on, or "auto".
+        poison: NaN-fill staging slots on release (for tests).
+    """
+
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    chunk_tokens: int | None = None
+    kv_format: str = "exact"
+    expected_tokens: int | None = None
+    on_unsupported: str = "error"
+    tile_bytes: int | None = None
+    num_slots: int | None = None
+    staging: bool | None = None
+    resident_heads: int | None = None
+    attention: str = "auto"
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value no plan could use."""
+        for name, least in (
+            ("chunk_tokens", 1),
+            ("expected_tokens", 1),
+            ("tile_bytes", 1),
+            ("num_slots", 1),
+            ("resident_heads", 0),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{name}={value!r} is not usable; give a whole number >= {least}")
+        if self.on_unsupported not in ON_UNSUPPORTED:
+            raise InputError(
+                f"on_unsupported={self.on_unsupported!r} is not known; "
+                f"use {' or '.join(map(repr, ON_UNSUPPORTED))}"
+            )
+        if self.kv_format not in FORMATS:
+            raise InputError(
+                f"kv_format={self.kv_format!r} is not known; known: {', '.join(sorted(FORMATS))}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decision, and what it is predicted to take.
+
+    Attributes:
+        geometry: the model's cache.
+        device: "cuda" or "cpu", where the model computes.
+        batch: sequences.
+        expected_tokens: length planned for; None when it is not known.
+        chunk_tokens: tokens prefilled per forward pass.
+        slot_bytes: size of one staging slot; 0 when nothing is staged.
+        num_slots: staging slots.
+        write_bytes: size of each of two write-back buffers.
+        resident_heads: per layer of the model, KV heads that stay on the GPU.
+        kv_format: name of the stored format.
+        budget: what is allowed, resolved: None only where there is no limit.
+        gpu_parts: predicted peak on the GPU, part by part, bytes.
+        host_bytes: predicted keys and values in host memory, bytes; 0 if the length is unknown.
+        reasons: one line per decision.
+    """
+
+    geometry: Geometry
+    device: str
+    batch: int
+    expected_tokens: int | None
+    chunk_tokens: int
+    slot_bytes: int
+    num_slots: int
+    write_bytes: int
+    resident_heads: tuple[int, ...]
+    kv_format: str
+    budget: MemoryBudget
+    gpu_parts: dict[str, int]
+    host_bytes: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def staging(self) -> bool:
+        """Tiles pass through the staging ring."""
+        return self.slot_bytes > 0
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Predicted peak of GPU memory, weights included; 0 on a CPU."""
+        return sum(self.gpu_parts.values())
+
+    @property
+    def staging_bytes(self) -> int:
+        """GPU memory through which offloaded keys and values pass: independent of the context."""
+        return self.num_slots * self.slot_bytes + 2 * self.write_bytes
+
+    @property
+    def offloaded_heads(self) -> int:
+        """KV heads, over all layers, whose keys and values are in host memory."""
+        return sum(layer.num_kv_heads for layer in self.geometry.full_layers) - sum(
+            self.resident_heads
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "model": self.geometry.name,
+            "device": self.device,
+            "batch": self.batch,
+            "expected_tokens": self.expected_tokens,
+            "chunk_tokens": self.chunk_tokens,
+            "head_wise_layers": len(self.geometry.full_layers),
+            "layers": len(self.geometry.layers),
+            "resident_heads": list(self.resident_heads),
+            "offloaded_heads": self.offloaded_heads,
+            "kv_format": self.kv_format,
+            "slot_bytes": self.slot_bytes,
+            "num_slots": self.num_slots,
+            "write_bytes": self.write_bytes,
+            "gpu_budget_bytes": self.budget.gpu_bytes,
+            "host_budget_bytes": self.budget.host_bytes,
+            "predicted_gpu_parts": dict(self.gpu_parts),
+            "predicted_gpu_bytes": self.gpu_bytes,
+            "predicted_host_bytes": self.host_bytes,
+            "reasons": list(self.reasons),
+        }
+
+    def __str__(self) -> str:
+        full, count = self.geometry.full_layers, len(self.geometry.layers)
+        length = "unknown" if self.expected_tokens is None else f"{self.expected_tokens:,}"
+        lines = [
+            f"{self.geometry.name} on {self.device}: {length} tokens, batch {self.batch}, "
+            f"{len(full)} of {count} layers head by head",
+            f"prefill in chunks of {self.chunk_tokens:,} tokens",
+        ]
+        if self.device == "cuda":
+            parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.gpu_parts.items())
+            lines.append(f"GPU peak, predicted: {format_bytes(self.gpu_bytes)} ({parts})")
+        if self.expected_tokens is not None:
+            lines.append(f"keys and values in host memory: {format_bytes(self.host_bytes)}")
+        return "\n".join([*lines, *(f"- {reason}" for reason in self.reasons)])
+
+
+def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int = 1) -> Plan:
+    """The plan for `batch` sequences of a model of `geometry` computing on `device`.
+
+    `options.budget` must be resolved: None means that the tier has no limit.
+
+    Raises:
+        BudgetTooSmall: with the smallest budget that works.
+        InputError: options that contradict each other or the device.
+    """
+    if device == "cpu":
+        return _cpu_plan(geometry, options, batch)
+    return _gpu_plan(geometry, options, batch)
+
+
+def activation_bytes(geometry: Geometry, chunk_tokens: int, batch: int = 1) -> int:
+    """Predicted peak of activations in a forward pass over `chunk_tokens` tokens.
+
+    The MLP's gate, up and product, and a handful of residual-sized tensors live at once; in
+    attention, queries, outputs and float32 sums of a head group, which is less for all models
+    whose MLP is wider than three times their hidden size.
+    """
+    heads = max((layer.num_query_heads for layer in geometry.layers), default=0)
+    dim = max((max(layer.key_dim, layer.value_dim) for layer in geometry.layers), default=0)
+    mlp = 3 * geometry.intermediate_size + 4 * geometry.hidden_size
+    attention = 4 * geometry.hidden_size + 4 * heads * dim
+    logits = batch * geometry.vocab_size * (geometry.itemsize + 4)
+    return batch * chunk_tokens * max(mlp, attention) * geometry.itemsize + logits
+
+
+def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
+    if options.budget.gpu_bytes is not None:
+        raise InputError(
+            f"gpu_memory={format_bytes(options.budget.gpu_bytes)} was given, but the model is on "
+            "the CPU; move it to a GPU, or leave gpu_memory out"
+        )
+    staging = bool(options.staging)
+    if options.resident_heads and not staging:
+        raise InputError(
+            f"resident_heads={options.resident_heads} was given, but on a CPU every head is "
+            "attended where it lies; leave it out"
+        )
+    slot_bytes, num_slots = (_slots(options) if staging else (0, 0))
+    chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
+    where = "staged tile by tile" if staging else "attended in place, head by head"
+    return _with_host(
+        Plan(
+            geometry=geometry,
+            device="cpu",
+            batch=batch,
+            expected_tokens=options.expected_tokens,
+            chunk_tokens=chunk,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+            write_bytes=_write_bytes(geometry, chunk, batch) if staging else 0,
+            resident_heads=_residents(geometry, options.resident_heads or 0),
+            kv_format=options.kv_format,
+            budget=options.budget,
+            gpu_parts={},
+            host_bytes=0,
+            reasons=(f"the model computes on the CPU: keys and values are {where}",),
+        )
+    )
+
+
+def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
+    if options.staging is False:
+        raise InputError("staging=False was given, but a GPU cannot attend host memory in place")
+    budget = options.budget.gpu_bytes
+    chunk = options.chunk_tokens or GPU_CHUNK_TOKENS
+    if options.expected_tokens is not None and options.chunk_tokens is None:
+        chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
+    plan = _streaming_plan(geometry, options, batch, chunk)
+    fits = budget is None or plan.gpu_bytes <= budget
+    if not fits and options.chunk_tokens is None:
+        while chunk > LEAST_CHUNK_TOKENS and budget is not None and plan.gpu_bytes > budget:
+            chunk = max(chunk // 2, LEAST_CHUNK_TOKENS)
+            plan = _streaming_plan(geometry, options, batch, chunk)
+    if budget is not None and plan.gpu_bytes > budget:
+        raise _gpu_too_small(geometry, options, batch, plan, budget)
+    return _with_host(_with_residents(plan, options))
+
+
+def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int) -> Plan:
+    """Everything offloaded: the least memory this chunk size needs."""
+    slot_bytes, num_slots = _slots(options)
+    write_bytes = _write_bytes(geometry, chunk, batch)
+    tails = sum(layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers)
+    windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
+    parts = {
+        "weights": geometry.weight_bytes,
+        "activations": activation_bytes(geometry, chunk, batch),
+        "staging": num_slots * slot_bytes + 2 * write_bytes,
+        "tails": batch * tails,
+        "windows": 2 * windows,
+        "workspace": WORKSPACE_BYTES,
+    }
+    reasons = [
+        f"a chunk of {chunk:,} tokens keeps activations at "
+        f"{format_bytes(parts['activations'])} and hides transfers behind attention",
+        f"staging: {num_slots} slots of {format_bytes(slot_bytes)} and two write-back buffers of "
+        f"{format_bytes(write_bytes)}, whatever the context",
+    ]
+    return Plan(
+        geometry=geometry,
+        device="cuda",
+        batch=batch,
+        expected_tokens=options.expected_tokens,
+        chunk_tokens=chunk,
+        slot_bytes=slot_bytes,
+        num_slots=num_slots,
+        write_bytes=write_bytes,
+        resident_heads=_residents(geometry, 0),
+        kv_format=options.kv_format,
+        budget=options.budget,
+        gpu_parts={name: size for name, size in parts.items() if size},
+        host_bytes=0,
+        reasons=tuple(reasons),
+    )
+
+
+def _with_residents(plan: Plan, options: Options) -> Plan:
+    """Keep as many heads on the GPU as the budget has room for, spread evenly over layers."""
+    geometry, tokens, budget = plan.geometry, plan.expected_tokens, plan.budget.gpu_bytes
+    if options.resident_heads is None and tokens is None:
+        reason = "no heads resident: the length is not known (expected_tokens says it)"
+        return replace(plan, reasons=(*plan.reasons, reason))
+    wanted = options.resident_heads
+    if tokens is None or budget is None:
+        if wanted is None and budget is None:
+            wanted = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
+        residents = _residents(geometry, wanted or 0)
+        size = _resident_bytes(geometry, residents, tokens or 0, plan.batch)
+        return _resident_plan(plan, residents, size)
+    room = budget - plan.gpu_bytes
+    most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
+    residents, size = _residents(geometry, 0), 0
+    for step in range(1, (most if wanted is None else min(wanted, most)) + 1):
+        for index, layer in enumerate(geometry.layers):
+            more = list(residents)
+            more[index] = min(step, _offloadable_heads(layer))
+            larger = _resident_bytes(geometry, tuple(more), tokens, plan.batch)
+            if larger > room:
+                if wanted is not None:
+                    whole = _resident_bytes(
+                        geometry, _residents(geometry, wanted), tokens, plan.batch
+                    )
+                    raise BudgetTooSmall(
+                        f"resident_heads={wanted} needs {format_bytes(whole)} for {tokens:,} "
+                        f"tokens beside {format_bytes(plan.gpu_bytes)}; the GPU budget is "
+                        f"{format_bytes(budget)}. Raise it to "
+                        f"{format_bytes(plan.gpu_bytes + whole)}, or leave resident_heads out",
+                        tier="gpu",
+                        budget_bytes=budget,
+                        needed_bytes=plan.gpu_bytes + whole,
+                    )
+                return _resident_plan(plan, residents, size)
+            residents, size = tuple(more), larger
+    return _resident_plan(plan, residents, size)
+
+
+def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:
+    total = sum(layer.num_kv_heads for layer in plan.geometry.full_layers)
+    reason = f"{sum(residents)} of {total} KV heads stay on the GPU: {format_bytes(size)}"
+    parts = dict(plan.gpu_parts)
+    if size:
+        parts["resident heads"] = size
+    return replace(
+        plan, resident_heads=residents, gpu_parts=parts, reasons=(*plan.reasons, reason)
+    )
+
+
+def _with_host(plan: Plan) -> Plan:
+    """Count what goes to host memory and check it against the budget."""
+    tokens, geometry = plan.expected_tokens, plan.geometry
+    if tokens is None:
+        return plan
+    spec: FormatSpec = FORMATS[plan.kv_format]
+    size = 0
+    for index, layer in enumerate(geometry.layers):
+        heads = _offloadable_heads(layer) - plan.resident_heads[index]
+        stored = tokens // BLOCK_TOKENS * BLOCK_TOKENS if plan.staging else tokens
+        per_head = plan.batch * layer.head_bytes(stored, geometry.itemsize)
+        if heads and per_head:
+            size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
+    budget = plan.budget.host_bytes
+    if budget is not None and size > budget:
+        raise BudgetTooSmall(
+            f"{geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
+            f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
+            f"Raise host_memory to {size} bytes ({format_bytes(size)}), or shorten the context to "
+            f"{int(tokens * budget / size):,} tokens",
+            tier="host",
+            budget_bytes=budget,
+            needed_bytes=size,
+        )
+    return replace(plan, host_bytes=size)
+
+
+def _gpu_too_small(
+    geometry: Geometry, options: Options, batch: int, plan: Plan, budget: int
+) -> BudgetTooSmall:
+    least = _streaming_plan(geometry, options, batch, LEAST_CHUNK_TOKENS)
+    parts = " + ".join(f"{format_bytes(size)} {name}" for name, size in plan.gpu_parts.items())
+    remedy = f"Raise gpu_memory to {plan.gpu_bytes} bytes ({format_bytes(plan.gpu_bytes)})"
+    needed = plan.gpu_bytes
+    if options.chunk_tokens is not None and least.gpu_bytes <= budget:
+        chunk = options.chunk_tokens
+        while _streaming_plan(geometry, options, batch, chunk).gpu_bytes > budget:
+            chunk = max(chunk * 3 // 4, LEAST_CHUNK_TOKENS)
+        remedy = f"Lower chunk_tokens to {chunk:,} or less, or raise gpu_memory to {needed} bytes"
+    return BudgetTooSmall(
+        f"{geometry.name} does not fit: {parts} = {format_bytes(plan.gpu_bytes)} with "
+        f"chunk_tokens={plan.chunk_tokens:,}; the GPU budget is {format_bytes(budget)}. {remedy}.",
+        tier="gpu",
+        budget_bytes=budget,
+        needed_bytes=needed,
+    )
+
+
+def _slots(options: Options) -> tuple[int, int]:
+    return options.tile_bytes or SLOT_BYTES, options.num_slots or NUM_SLOTS
+
+
+def _write_bytes(geometry: Geometry, chunk: int, batch: int) -> int:
+    """One chunk of the widest layer, at most 32 MiB: longer chunks pass in pieces."""
+    widest = max(
+        (layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers),
+        default=0,
+    )
+    blocks = -(-chunk // BLOCK_TOKENS) + 1
+    return max(min(batch * widest * blocks, 32 * MIB), aligned(batch * widest)) + aligned(1)
+
+
+def _offloadable_heads(layer: Any) -> int:
+    return int(layer.num_kv_heads) if layer.kind.value == "full" else 0
+
+
+def _residents(geometry: Geometry, heads: int) -> tuple[int, ...]:
+    return tuple(min(heads, _offloadable_heads(layer)) for layer in geometry.layers)
+
+
+def _resident_bytes(
+    geometry: Geometry, residents: tuple[int, ...], tokens: int, batch: int
+) -> int:
+    return sum(
+        batch * heads * layer.head_bytes(tokens, geometry.itemsize)
+        for heads, layer in zip(residents, geometry.layers, strict=True)
+    )

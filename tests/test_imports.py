@@ -66,10 +66,6 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
         _ = headinfer.no_such_name
 
 
-def test_dir_lists_the_public_names() -> None:
-    assert set(headinfer.__all__) <= set(dir(headinfer))
-
-
 def test_command_line_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; sys.argv = ['headinfer', '--help']\n"

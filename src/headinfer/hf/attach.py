@@ -187,9 +187,7 @@ class Session:
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )
-        self._hooks.append(
-            self.model.register_forward_hook(self._after_forward, with_kwargs=True)
-        )
+        self._hooks.append(self.model.register_forward_hook(self._after_forward, with_kwargs=True))
         kv = format_bytes(self._geometry.offloadable_bytes(1))
         _log.info(
             "headinfer attached to %s: %d of %d layers head by head, %s of keys and values a token",

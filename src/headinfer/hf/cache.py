@@ -102,9 +102,7 @@ class Backing:
             geometry = replace(geometry, itemsize=key.element_size())
             if not self.settled:
                 options = resolve_budget(self.options, key.device)
-                self.plan = make_plan(
-                    geometry, options, device=key.device.type, batch=key.shape[0]
-                )
+                self.plan = make_plan(geometry, options, device=key.device.type, batch=key.shape[0])
             assert self.plan is not None
             self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
         return self.runner

@@ -33,9 +33,7 @@ def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
         UnsupportedModel: the config lacks a size that is needed.
     """
     text = config.get_text_config(decoder=True)
-    layers = tuple(
-        _layer(layer, text) for layer in DynamicCache(config=config).layers
-    )
+    layers = tuple(_layer(layer, text) for layer in DynamicCache(config=config).layers)
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     return Geometry(
@@ -89,9 +87,7 @@ def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
     heads, query_heads, key_dim, value_dim = _heads(text)
     if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
         window = int(getattr(layer, "sliding_window", 0) or 0)
-        return LayerGeometry(
-            LayerKind.SLIDING, heads, key_dim, value_dim, query_heads, window
-        )
+        return LayerGeometry(LayerKind.SLIDING, heads, key_dim, value_dim, query_heads, window)
     return LayerGeometry(LayerKind.FULL, heads, key_dim, value_dim, query_heads)
 
 

@@ -93,9 +93,7 @@ class FunctionRecipe:
                 elif uniform:
                     yield Block(*part)
 
-    def _evaluate(
-        self, rows: tuple[int, int], keys: tuple[int, int]
-    ) -> tuple[Tensor, bool | None]:
+    def _evaluate(self, rows: tuple[int, int], keys: tuple[int, int]) -> tuple[Tensor, bool | None]:
         place = (*rows, *keys)
         if place in self._cache:
             self._cache.move_to_end(place)
@@ -165,9 +163,7 @@ def headinfer_mask(
     else:
         recipe = FunctionRecipe(pattern)
     shape = (batch_size, 1, q_length, kv_length)
-    return LazyMask(
-        shape, device, recipe, lambda: pattern.block((0, q_length), (0, kv_length))
-    )
+    return LazyMask(shape, device, recipe, lambda: pattern.block((0, q_length), (0, kv_length)))
 
 
 def register_mask(name: str) -> None:

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says what this machine and this model can do, and whether the answers agree.
+
+Without a model: versions, devices, which attention implementation runs what and why not. With
+one: the logits of random tokens, stock against headinfer and one-shot against chunked, held
+against how much transformers' own implementations differ among themselves.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from headinfer.attention.api import choose, why_not
+from headinfer.attention.types import AttentionSpec
+from headinfer.budget import format_bytes
+from headinfer.errors import HeadInferError, UnsupportedAttention
+from headinfer.hf.attach import attach
+
+TOKENS = 200
+CHUNK = 64
+TILE_BYTES = 2**18
+"""Small enough that the check streams several tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison of logits: `error` must not exceed `bound`, both absolute."""
+
+    name: str
+    error: float
+    bound: float
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorReport:
+    """What was found; `ok` is false when a check failed."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    attention: dict[str, str]
+    why_not: dict[str, dict[str, list[str]]]
+    model: str | None = None
+    checks: list[Check] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "ok": self.ok,
+            "versions": self.versions,
+            "devices": self.devices,
+            "attention": self.attention,
+            "why_not": self.why_not,
+            "model": self.model,
+            "warnings": self.warnings,
+            "checks": [
+                {name: getattr(check, name) for name in Check.__slots__} for check in self.checks
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{name} {found}" for name, found in self.versions.items()]
+        lines += self.devices
+        lines += [f"{call}: {name}" for call, name in self.attention.items()]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        for check in self.checks:
+            state = "ok" if check.ok else "FAILED"
+            lines.append(f"{state}: {check.name}: {check.error:.2e} (bound {check.bound:.2e})")
+            if check.note:
+                lines.append(f"  {check.note}")
+        return "\n".join(lines)
+
+
+def doctor(model: PreTrainedModel | None = None) -> DoctorReport:
+    """Examine the machine, and `model` if one is given; runs a few short forward passes."""
+    calls = dict(_calls())
+    report = DoctorReport(
+        versions=_versions(),
+        devices=_devices(),
+        attention={name: _chosen(spec) for name, spec in calls.items()},
+        why_not={name: why_not(spec) for name, spec in calls.items()},
+        model=None if model is None else type(model).__name__,
+    )
+    if model is not None:
+        _examine(model, report)
+    return report
+
+
+def _examine(model: PreTrainedModel, report: DoctorReport) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(0, vocab, (1, TOKENS), generator=generator).to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            _compare(model, tokens, report)
+    finally:
+        model.train(was_training)
+
+
+def _compare(model: PreTrainedModel, tokens: Tensor, report: DoctorReport) -> None:
+    with _attention(model, "eager"):
+        stock = _one_shot(model, tokens)
+        stock_chunked = _chunked(model, tokens)
+    with _attention(model, "sdpa"):
+        other = _one_shot(model, tokens)
+    rounding = torch.finfo(model.dtype).eps * float(stock.abs().max())
+    # The rule for kernels: at most twice what implementations of the same type differ, plus one
+    # rounding. With one stock implementation only, four roundings per layer stand in.
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    noise = _error(other, stock) or 4 * layers * rounding
+    bound = 2 * (noise + rounding)
+    drift = _error(stock_chunked, stock)
+    note = "" if drift <= bound else "transformers' own chunked prefill differs for this model"
+    try:
+        with attach(model, tile_bytes=TILE_BYTES, staging=True) as run:
+            report.warnings.extend(run.warnings)
+            one, chunked = _one_shot(model, tokens), _chunked(model, tokens)
+    except HeadInferError as error:
+        report.checks.append(Check(f"refused: {error}", float("inf"), bound, False))
+        return
+    for name, found, against in (
+        ("one-shot, headinfer against the resident cache", one, stock),
+        ("chunked, headinfer against the resident cache", chunked, stock_chunked),
+    ):
+        error = _error(found, against)
+        report.checks.append(Check(name, error, bound, error <= bound))
+    report.checks.append(
+        Check("chunked against one-shot, resident cache", drift, max(drift, bound), True, note)
+    )
+
+
+def _one_shot(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return model(**_inputs(model, tokens), use_cache=True).logits.double()
+
+
+def _chunked(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    if model.config.is_encoder_decoder:
+        return _one_shot(model, tokens)
+    cache: Any = DynamicCache(config=model.config)
+    found = []
+    for chunk in tokens.split(CHUNK, dim=1):
+        output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    return torch.cat(found, dim=1).double()
+
+
+def _inputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    if model.config.is_encoder_decoder:
+        return {"input_ids": tokens, "decoder_input_ids": tokens}
+    return {"input_ids": tokens}
+
+
+def _error(found: Tensor, against: Tensor) -> float:
+    return float((found - against).abs().max())
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model with a stock implementation; what cannot be set stays as it is."""
+    before = model.config._attn_implementation
+    if model._can_set_attn_implementation():
+        try:
+            model.set_attn_implementation(name)
+        except ValueError:  # a model without sdpa: its eager path is compared with itself
+            model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(before)
+
+
+def _calls() -> Iterator[tuple[str, AttentionSpec]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for label, tokens, causal, biased, softcap in (
+            ("prefill", 64, True, False, False),
+            ("decode", 1, False, False, False),
+            ("masked", 64, False, True, False),
+            ("softcap", 64, True, False, True),
+        ):
+            name = f"{label}, {str(dtype).removeprefix('torch.')}, {device}"
+            yield (
+                name,
+                AttentionSpec(device, dtype, 128, 128, 4, tokens, causal, biased, softcap),
+            )
+
+
+def _chosen(spec: AttentionSpec) -> str:
+    try:
+        return choose(spec).name
+    except UnsupportedAttention as error:
+        return str(error)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("headinfer", "torch", "transformers", "triton", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _devices() -> list[str]:
+    memory = psutil.virtual_memory()
+    lines = [
+        f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total)}, "
+        f"{format_bytes(memory.available)} available"
+    ]
+    if not torch.cuda.is_available():
+        lines.append("GPU: none that torch can use")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        lines.append(
+            f"GPU {index}: {torch.cuda.get_device_name(index)}, {format_bytes(total)}, "
+            f"{format_bytes(free)} free"
+        )
+    return lines

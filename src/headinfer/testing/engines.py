@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfer engines that make a missing wait visible.
+
+`DeferredEngine` runs a copy at the last moment the contract allows: when somebody waits for it.
+`DelayedCudaEngine` lets each copy stream sleep for random times. Together with NaN-filled slots a
+read that is not ordered after its copy gives NaN or stale bytes instead of luck.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from headinfer.errors import TransferError
+from headinfer.transfer import Copy, CudaEngine, Lane, Ticket
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    lane: Lane
+    copies: list[Copy]
+    after: list[_Job]
+    done: bool = False
+    running: bool = field(default=False, repr=False)
+
+
+class DeferredEngine:
+    """A CPU engine whose copies run only when waited for, lanes in order."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
+
+    def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        job = _Job(lane, list(copies), [ticket for ticket in after if isinstance(ticket, _Job)])
+        self._queues[lane].append(job)
+        return job
+
+    def fence(self) -> Ticket:
+        """Compute runs at once here, so everything enqueued on it is done."""
+        return _Job(Lane.IN, [], [], done=True)
+
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, _Job)
+        self._run(ticket)
+
+    def drain(self) -> None:
+        for queue in self._queues.values():
+            while queue:
+                self._run(queue[0])
+
+    def _run(self, job: _Job) -> None:
+        if job.done:
+            return
+        if job.running:
+            raise TransferError("two copies wait for each other")
+        queue = self._queues[job.lane]
+        while queue and not job.done:
+            first = queue[0]
+            if first.running:
+                raise TransferError("a copy waits for a later one of its own lane")
+            first.running = True
+            for ticket in first.after:
+                self._run(ticket)
+            for copy in first.copies:
+                copy.dst.copy_(copy.src)
+            first.done = True
+            queue.popleft()
+
+
+class DelayedCudaEngine(CudaEngine):
+    """A CUDA engine whose lanes sleep up to `most_cycles` GPU cycles before each submission."""
+
+    def __init__(
+        self, device: torch.device, *, seed: int = 0, most_cycles: int = 2_000_000
+    ) -> None:
+        super().__init__(device)
+        self._random = random.Random(seed)
+        self._most_cycles = most_cycles
+
+    def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        with torch.cuda.stream(self._lanes[lane]):
+            torch.cuda._sleep(self._random.randrange(self._most_cycles))  # type: ignore[no-untyped-call]
+        return super().submit(copies, lane=lane, after=after)

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placement, chunking and tile size do not change the answer; bytes are never read too early.
+
+A runner is driven by random sequences of what transformers does to a cache (append, crop,
+reorder, repeat, select) next to plain tensors that are concatenated and indexed: the resident
+cache. Stored bytes must be equal bit for bit, attention within the 2x rule, for heads attended in
+place, staged, partly resident, with copies that run as late as allowed and NaN-filled slots.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention.masks import Causal
+from headinfer.errors import CacheStateError
+from headinfer.runner import Query, Runner, RunnerSettings
+from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
+from headinfer.testing.numerics import check, eager, oracle
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYERS = 3
+
+
+def late_engine(device):
+    return DelayedCudaEngine(device) if device.type == "cuda" else DeferredEngine()
+
+
+def make_runner(device, *, placement, slot_bytes=2**14, num_slots=3, late=True, **more):
+    staging = placement != "in place" or device == "cuda"
+    residents = {"partly resident": (1, 2, 0), "resident": (9, 9, 9)}.get(placement, ())
+    return Runner(
+        RunnerSettings(
+            staging=staging,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+            write_bytes=2**14,
+            resident_heads=residents,
+            poison=True,
+            **more,
+        ),
+        engine=late_engine if late else None,
+    )
+
+
+class Resident:
+    """The oracle: everything concatenated in plain tensors."""
+
+    def __init__(self):
+        self.k, self.v = {}, {}
+
+    def append(self, layer, k, v):
+        self.k[layer] = torch.cat([self.k[layer], k], 2) if layer in self.k else k
+        self.v[layer] = torch.cat([self.v[layer], v], 2) if layer in self.v else v
+
+    def apply(self, change):
+        self.k = {layer: change(k) for layer, k in self.k.items()}
+        self.v = {layer: change(v) for layer, v in self.v.items()}
+
+
+class Driver:
+    """A runner and its oracle, driven together through whole forward passes."""
+
+    def __init__(self, runner, device, *, heads=2, per_kv=2, key_dim=16, value_dim=16, seed=0):
+        self.runner, self.device, self.resident = runner, device, Resident()
+        self.heads, self.per_kv, self.dims = heads, per_kv, (key_dim, value_dim)
+        self.random = torch.Generator().manual_seed(seed)
+        self.length = 0
+        self.compared = []
+
+    def normal(self, batch, tokens, heads, dim):
+        x = torch.randn((batch, tokens, heads, dim), generator=self.random)
+        return x.to(self.device).transpose(1, 2)
+
+    def forward(self, tokens, batch):
+        for layer in range(LAYERS):
+            k = self.normal(batch, tokens, self.heads, self.dims[0])
+            v = self.normal(batch, tokens, self.heads, self.dims[1])
+            self.resident.append(layer, k, v)
+            length = self.runner.append(layer, k, v)
+            assert length == self.length + tokens
+            q = self.normal(batch, tokens, self.heads * self.per_kv, self.dims[0])
+            recipe = Causal(self.length)
+            out = self.runner.attend(layer, length, Query(q, 0.25, recipe, self.dims[1]))
+            self.compare(layer, q, out)
+        self.length += tokens
+
+    def compare(self, layer, q, out):
+        k, v = self.resident.k[layer], self.resident.v[layer]
+        rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=self.device)
+        mask = torch.arange(k.shape[2], device=self.device) <= rows[:, None]
+        how = {"scale": 0.25, "bias": mask[None, None]}
+        found = out.transpose(1, 2), eager(q, k, v, **how).out, oracle(q, k, v, **how).out
+        self.compared.append(tuple(x.flatten() for x in found))
+
+    def crop(self, length):
+        self.resident.apply(lambda x: x[:, :, :length])
+        for layer in range(LAYERS):
+            self.runner.crop(layer, length)
+        self.length = length
+
+    def reorder(self, rows):
+        index = torch.tensor(rows, device=self.device)
+        self.resident.apply(lambda x: x.index_select(0, index))
+        for layer in range(LAYERS):
+            self.runner.reorder(layer, rows)
+
+    def finish(self):
+        """The 2x rule over the whole history: one row alone may flatter eager attention."""
+        check(*(torch.cat(parts) for parts in zip(*self.compared, strict=True)))
+        self.check_bytes()
+
+    def check_bytes(self):
+        for layer in range(LAYERS):
+            assert torch.equal(
+                self.runner.gather(layer, self.length, values=False), self.resident.k[layer]
+            )
+            assert torch.equal(
+                self.runner.gather(layer, self.length, values=True), self.resident.v[layer]
+            )
+
+
+PLACEMENTS = ["in place", "staged", "partly resident", "resident"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_history_equals_the_resident_cache(device, placement, data):
+    slot = data.draw(st.sampled_from([2**11, 2**13, 2**15, 2**18]), label="slot bytes")
+    slots = data.draw(st.integers(1, 4), label="slots")
+    late = data.draw(st.booleans(), label="late copies")
+    runner = make_runner(device, placement=placement, slot_bytes=slot, num_slots=slots, late=late)
+    dims = data.draw(st.sampled_from([(16, 16), (24, 8), (8, 16)]), label="dims")
+    heads = data.draw(st.integers(1, 3), label="heads")
+    driver = Driver(runner, device, heads=heads, key_dim=dims[0], value_dim=dims[1])
+    batch = data.draw(st.integers(1, 2), label="batch")
+    driver.forward(
+        data.draw(st.sampled_from([1, 2, 127, 128, 129, 300, 700]), label="prompt"), batch
+    )
+    for _ in range(data.draw(st.integers(0, 6), label="steps")):
+        kind = data.draw(st.sampled_from(["decode", "chunk", "crop", "reorder"]), label="what")
+        if kind == "decode":
+            for _ in range(data.draw(st.integers(1, 4), label="tokens")):
+                driver.forward(1, batch)
+        elif kind == "chunk":
+            driver.forward(data.draw(st.sampled_from([5, 64, 128, 257]), label="chunk"), batch)
+        elif kind == "crop" and driver.length > 1:
+            driver.crop(data.draw(st.integers(1, driver.length), label="keep"))
+        elif kind == "reorder":
+            rows = data.draw(
+                st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"
+            )
+            driver.reorder(rows)
+            batch = len(rows)
+    driver.finish()
+    runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_long_decode_stays_bit_equal_under_late_copies(device):
+    """1,000 steps across several blocks: the same arithmetic, whatever the copies' timing."""
+    results = []
+    for late in (True, False):
+        runner = make_runner(device, placement="staged", late=late)
+        random = torch.Generator().manual_seed(0)
+        out = []
+        for step in range(1000 if device == "cuda" else 300):
+            for layer in range(LAYERS):
+                k, v, q = (
+                    torch.randn((1, h, 130 if step == 0 else 1, 16), generator=random).to(device)
+                    for h in (2, 2, 4)
+                )
+                length = runner.append(layer, k, v)
+                recipe = Causal(length - q.shape[2])
+                out.append(runner.attend(layer, length, Query(q, 0.25, recipe, 16))[:, -1:])
+        results.append(torch.cat(out))
+        runner.close()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("slot_bytes", [2**10, 2**12, 2**14, 2**20])
+def test_tile_size_and_residency_are_bit_equal_where_arithmetic_order_is(slot_bytes):
+    """Decode of one tile per head: residency by head only moves bytes."""
+    found = []
+    for residents in ((), (1, 1, 1)):
+        runner = Runner(
+            RunnerSettings(
+                staging=True,
+                slot_bytes=2**20,
+                num_slots=2,
+                write_bytes=slot_bytes,
+                resident_heads=residents,
+                poison=True,
+            )
+        )
+        driver = Driver(runner, "cpu", seed=4)
+        driver.forward(256, 1)
+        driver.check_bytes()
+        found.append(runner.gather(0, 256, values=False))
+    assert torch.equal(*found)
+
+
+def test_chunking_the_prompt_does_not_change_what_is_stored():
+    whole = Driver(make_runner("cpu", placement="staged"), "cpu")
+    whole.forward(300, 1)
+    for cuts in ([1] * 300, [128, 128, 44], [127, 1, 172], [299, 1]):
+        runner = make_runner("cpu", placement="staged")
+        for layer in range(LAYERS):
+            start = 0
+            for tokens in cuts:
+                stop = start + tokens
+                k, v = whole.resident.k[layer], whole.resident.v[layer]
+                runner.append(layer, k[:, :, start:stop], v[:, :, start:stop])
+                start = stop
+            assert torch.equal(runner.gather(layer, 300, values=False), k)
+            assert torch.equal(runner.gather(layer, 300, values=True), v)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_write_back_is_only_ever_the_new_tokens(placement):
+    runner = make_runner("cpu", placement=placement)
+    driver = Driver(runner, "cpu")
+    driver.forward(512, 1)
+    before = runner.stats().written_bytes
+    driver.forward(128, 1)
+    block = 128 * LAYERS * 2 * 2 * 16 * 4  # tokens, layers, heads, keys and values, dim, bytes
+    share = {"staged": 1.0, "partly resident": 3 / 6}.get(placement, 0.0)
+    assert runner.stats().written_bytes - before == block * share
+
+
+def test_the_ring_prefetches_across_layers_and_passes():
+    """In steady decode every tile was staged ahead: none is dropped, none is loaded twice."""
+    runner = make_runner("cpu", placement="staged", num_slots=2, slot_bytes=2**14)
+    driver = Driver(runner, "cpu")
+    driver.forward(512, 1)
+    for _ in range(4):
+        driver.forward(1, 1)
+    start = runner.stats()
+    for _ in range(10):
+        driver.forward(1, 1)
+    moved = runner.stats()
+    stored = 512 * LAYERS * 2 * 2 * 16 * 4
+    assert moved.loaded_bytes - start.loaded_bytes == 10 * stored
+    assert moved.dropped_tiles == start.dropped_tiles
+
+
+def test_staging_does_not_grow_with_the_context():
+    seen = set()
+    for tokens in (256, 1024, 4096):
+        runner = make_runner("cpu", placement="staged")
+        driver = Driver(runner, "cpu")
+        driver.forward(tokens, 1)
+        driver.forward(1, 1)
+        seen.add((runner.stats().staging_bytes, runner.stats().tail_bytes))
+    assert len(seen) == 1
+
+
+def test_host_memory_is_exact_when_the_length_is_known():
+    runner = make_runner("cpu", placement="staged", expected_tokens=1000)
+    driver = Driver(runner, "cpu")
+    for tokens in (300, 300, 300, 100):
+        driver.forward(tokens, 1)
+    stored = 896  # whole blocks of 128; the rest is the tail
+    assert runner.stats().host_bytes == stored * LAYERS * 2 * 2 * 16 * 4
+
+
+def test_a_clone_is_independent():
+    driver = Driver(make_runner("cpu", placement="partly resident"), "cpu")
+    driver.forward(300, 1)
+    twin = driver.runner.clone()
+    kept = driver.resident.k[0]
+    driver.forward(200, 1)
+    assert torch.equal(twin.gather(0, 300, values=False), kept)
+    twin.append(0, kept[:, :, :5], kept[:, :, :5])
+    driver.check_bytes()
+
+
+def test_wrong_use_is_refused_with_numbers():
+    driver = Driver(make_runner("cpu", placement="staged"), "cpu")
+    driver.forward(130, 1)
+    one = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(CacheStateError, match="holds 1 sequences and the update brings 2"):
+        driver.runner.append(0, one.expand(2, -1, -1, -1), one.expand(2, -1, -1, -1))
+    with pytest.raises(CacheStateError, match="is given KVShape"):
+        driver.runner.append(0, one[..., :8], one[..., :8])
+    query = Query(torch.zeros(1, 4, 1, 16), 1.0, Causal(0), 16)
+    with pytest.raises(CacheStateError, match="holds 130 tokens, attention wants 131"):
+        driver.runner.attend(0, 131, query)
+    driver.check_bytes()
+
+
+@pytest.mark.parametrize("missing", ["wait", "after"])
+def test_a_missing_wait_is_seen(missing, monkeypatch):
+    """Negative control: without one of the two waits the late engine gives wrong bytes."""
+    # With more layers their write-back buffers are reused, and waited for, before the next pass.
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 1)
+    if missing == "wait":
+        monkeypatch.setattr(DeferredEngine, "wait", lambda self, ticket: None)
+    else:
+        submit = DeferredEngine.submit
+        monkeypatch.setattr(
+            DeferredEngine,
+            "submit",
+            lambda self, copies, *, lane, after=(): submit(self, copies, lane=lane),
+        )
+    driver = Driver(make_runner("cpu", placement="staged", num_slots=2), "cpu")
+    driver.forward(300, 1)
+    for _ in range(3):
+        driver.forward(140, 1)
+    with pytest.raises(AssertionError):
+        driver.finish()

@@ -83,7 +83,8 @@ def measure(model: LlamaForCausalLM, tokens: int, new: int, **options: Any) -> d
         )
         _settle()
         plan, stats = run.plan, run.stats.as_dict()
-        assert plan is not None
+        if plan is None:
+            raise RuntimeError("no plan was made")
         steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
         row = {
             "tokens": tokens,

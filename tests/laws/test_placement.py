@@ -30,7 +30,9 @@ def late_engine(device):
     return DelayedCudaEngine(device) if device.type == "cuda" else DeferredEngine()
 
 
-def make_runner(device, *, placement, slot_bytes=2**14, num_slots=3, late=True, **more):
+def make_runner(
+    device, *, placement, slot_bytes=2**14, num_slots=3, late=True, write_bytes=2**14, **more
+):
     staging = placement != "in place" or device == "cuda"
     residents = {"partly resident": (1, 2, 0), "resident": (9, 9, 9)}.get(placement, ())
     return Runner(
@@ -38,7 +40,7 @@ def make_runner(device, *, placement, slot_bytes=2**14, num_slots=3, late=True, 
             staging=staging,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
-            write_bytes=2**14,
+            write_bytes=write_bytes,
             resident_heads=residents,
             poison=True,
             **more,
@@ -300,7 +302,8 @@ def test_wrong_use_is_refused_with_numbers():
 @pytest.mark.parametrize("missing", ["wait", "after"])
 def test_a_missing_wait_is_seen(missing, monkeypatch):
     """Negative control: without one of the two waits the late engine gives wrong bytes."""
-    # With more layers their write-back buffers are reused, and waited for, before the next pass.
+    # With more layers or smaller write-back buffers these are reused, and waited for, before
+    # the next pass loads what went through them.
     monkeypatch.setattr(sys.modules[__name__], "LAYERS", 1)
     if missing == "wait":
         monkeypatch.setattr(DeferredEngine, "wait", lambda self, ticket: None)
@@ -311,7 +314,7 @@ def test_a_missing_wait_is_seen(missing, monkeypatch):
             "submit",
             lambda self, copies, *, lane, after=(): submit(self, copies, lane=lane),
         )
-    driver = Driver(make_runner("cpu", placement="staged", num_slots=2), "cpu")
+    driver = Driver(make_runner("cpu", placement="staged", num_slots=2, write_bytes=2**18), "cpu")
     driver.forward(300, 1)
     for _ in range(3):
         driver.forward(140, 1)

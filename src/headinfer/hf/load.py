@@ -16,6 +16,7 @@ from typing import Any
 
 from headinfer.errors import InputError
 from headinfer.hf.demo_model import OnStep, demo_folder
+from headinfer.hf.quiet import quiet_transformers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_TIMEOUT_S = 5.0
@@ -73,7 +74,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = found.arguments(trust_remote_code=trust_remote_code)
-    with _quiet(found.local), _explained(found):
+    with quiet_transformers(keep_bars=not found.local), _explained(found):
         tokenizer = AutoTokenizer.from_pretrained(found.path, **arguments)
         model = AutoModelForCausalLM.from_pretrained(
             found.path, dtype=_dtype(dtype, found, place), **arguments
@@ -81,20 +82,37 @@ def load_model(
         return _move(model.eval(), place), tokenizer
 
 
-def load_config(
-    source: str, *, trust_remote_code: bool = False, on_step: OnStep | None = None
-) -> Any:
-    """The model's config alone, without its weights.
+def load_shape(
+    source: str,
+    dtype: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    on_step: OnStep | None = None,
+) -> tuple[Any, int]:
+    """The model's config, with `dtype` in it if one is given, and the bytes of its weights.
+
+    No weight is read: the model is built on torch's meta device.
 
     Raises:
         InputError: there is no such model.
     """
-    found = _find(source, on_step)
-    from transformers import AutoConfig
+    import torch
 
-    with _quiet(found.local), _explained(found):
+    found = _find(source, on_step)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers(keep_bars=not found.local), _explained(found):
         arguments = found.arguments(trust_remote_code=trust_remote_code)
-        return AutoConfig.from_pretrained(found.path, **arguments)
+        config = AutoConfig.from_pretrained(found.path, **arguments)
+        chosen = _dtype(dtype, found, torch.device("cpu" if dtype else "cuda"))
+        if chosen != "auto":
+            config.dtype = chosen
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=trust_remote_code
+            )
+    # Tied weights are one parameter here, and `parameters` names each once.
+    return config, sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def _find(source: str, on_step: OnStep | None) -> Source:
@@ -143,7 +161,7 @@ def _on_hub(source: str) -> Source:
 
 def _hub_answers() -> bool:
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
@@ -199,23 +217,6 @@ def _move(model: Any, place: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No notices, and bars only where bytes come from a hub, not for reading a local file."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if local:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
 def _explained(found: Source) -> Iterator[None]:
     """Turn what transformers raises for an unusable model into one line."""
     from safetensors import SafetensorError
@@ -247,4 +248,4 @@ def _reason(found: Source, error: Exception) -> str:
     return f"the model {found.name} cannot be loaded from the hub: {text}"
 
 
-__all__ = ["DTYPES", "OnStep", "load_config", "load_model"]
+__all__ = ["DTYPES", "OnStep", "load_model", "load_shape"]

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as the user sees them: names, options, help. What they do is elsewhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import headinfer
+from headinfer.cli import options as opt
+from headinfer.cli import prose
+from headinfer.cli.job import Job, Memory
+from headinfer.cli.program import FAILED, Program, exit_on_terminate
+
+app = typer.Typer(
+    cls=Program,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the `headinfer` command."""
+    exit_on_terminate()
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"headinfer {headinfer.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, help=prose.ABOUT)
+def about(
+    ctx: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """What `headinfer` alone prints."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command(help=prose.DEMO)
+def demo(
+    question: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="What to ask about the story.", rich_help_panel=opt.PROMPT
+        ),
+    ] = "Where was the cellar key hung?",
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Longest answer.", rich_help_panel=opt.GENERATION),
+    ] = 48,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            help="Ask again with the whole cache resident, and compare.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = True,
+    gpu_memory: opt.GpuMemory = None,
+    host_memory: opt.HostMemory = None,
+    device: opt.Device = None,
+    dtype: opt.DtypeOption = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Ask the embedded model about the story."""
+    from headinfer.cli import demo as run_demo
+
+    run_demo.demo(
+        Job(
+            model="demo",
+            text=run_demo.document(),
+            question=question,
+            max_new_tokens=max_new_tokens,
+            memory=Memory(gpu_memory, host_memory),
+            device=device,
+            dtype=opt.name(dtype),
+            compare=compare,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command(help=prose.RUN)
+def run(
+    model: opt.Model,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text to read; - is standard input, also used when text is piped in.",
+            rich_help_panel=opt.PROMPT,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The text itself.", rich_help_panel=opt.PROMPT),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What to ask about the text.", rich_help_panel=opt.PROMPT
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Use the tokenizer's chat template, or feed the text as it is. Default: the "
+            "template if there is one.",
+            show_default=False,
+            rich_help_panel=opt.PROMPT,
+        ),
+    ] = None,
+    allow_beyond_positions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-beyond-positions",
+            help="Go on when the text is longer than the model was made for.",
+            rich_help_panel=opt.PROMPT,
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Longest answer.", rich_help_panel=opt.GENERATION),
+    ] = 256,
+    do_sample: Annotated[
+        bool,
+        typer.Option(
+            "--do-sample", help="Sample instead of greedy.", rich_help_panel=opt.GENERATION
+        ),
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=1e-6,
+            help="Above 1 more varied, below 1 less.",
+            rich_help_panel=opt.GENERATION,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            max=1,
+            help="Choose among the likeliest tokens that add up to this.",
+            rich_help_panel=opt.GENERATION,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Choose among this many of the likeliest tokens.",
+            rich_help_panel=opt.GENERATION,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Makes sampling repeatable.", rich_help_panel=opt.GENERATION
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Beam search; the answer then comes at once.",
+            rich_help_panel=opt.GENERATION,
+        ),
+    ] = 1,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=1e-6,
+            help="Above 1 discourages words that were there already.",
+            rich_help_panel=opt.GENERATION,
+        ),
+    ] = None,
+    gpu_memory: opt.GpuMemory = None,
+    host_memory: opt.HostMemory = None,
+    chunk_tokens: opt.ChunkTokens = None,
+    on_unsupported: Annotated[
+        opt.OnUnsupported,
+        typer.Option(
+            metavar="|".join(opt.OnUnsupported),
+            help="A model that computes attention in code of its own: refuse it, or give it whole "
+            "layers, one at a time.",
+            rich_help_panel=opt.MEMORY,
+        ),
+    ] = opt.OnUnsupported.error,
+    device: opt.Device = None,
+    dtype: opt.DtypeOption = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Ask a model about a text."""
+    from headinfer.cli.job import execute, print_json
+    from headinfer.cli.prompt import read_prompt
+
+    job = Job(
+        model=model,
+        text=read_prompt(prompt_file, prompt, question),
+        question=question,
+        max_new_tokens=max_new_tokens,
+        memory=Memory(gpu_memory, host_memory, chunk_tokens, on_unsupported.value),
+        device=device,
+        dtype=opt.name(dtype),
+        trust_remote_code=trust_remote_code,
+        chat=chat,
+        sampling={
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "num_beams": num_beams,
+            "repetition_penalty": repetition_penalty,
+        },
+        beyond=allow_beyond_positions,
+        as_json=as_json,
+    )
+    outcome = execute(job)
+    if as_json:
+        print_json(outcome.as_dict())
+
+
+@app.command(help=prose.PLAN)
+def plan(
+    model: opt.Model,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of the prompt.", show_default=False)
+    ],
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Length of the answer.")
+    ] = 256,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at once.")] = 1,
+    gpu_memory: opt.GpuMemory = None,
+    host_memory: opt.HostMemory = None,
+    chunk_tokens: opt.ChunkTokens = None,
+    device: opt.Device = None,
+    dtype: opt.DtypeOption = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Say what a run would take."""
+    from headinfer.cli.examine import show_plan
+
+    show_plan(
+        model,
+        Memory(gpu_memory, host_memory, chunk_tokens),
+        tokens=tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        device=device,
+        dtype=opt.name(dtype),
+        trust_remote_code=trust_remote_code,
+        as_json=as_json,
+    )
+
+
+@app.command(help=prose.DOCTOR)
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Also compare this model's answers with and without headinfer.",
+            show_default=False,
+        ),
+    ] = None,
+    device: opt.Device = None,
+    dtype: opt.DtypeOption = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Examine the machine, and a model."""
+    from headinfer.cli.examine import examine
+
+    ok = examine(
+        model,
+        device=device,
+        dtype=opt.name(dtype),
+        trust_remote_code=trust_remote_code,
+        as_json=as_json,
+    )
+    if not ok:
+        raise typer.Exit(FAILED)

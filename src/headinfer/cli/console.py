@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user sees beside the answer: notes, bars and tables, all on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from headinfer.budget import format_bytes
+from headinfer.progress import Event, ForwardFinished, PrefillClock
+
+if TYPE_CHECKING:
+    from headinfer.hf.demo_model import Step
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_error(message: str) -> None:
+    """One line, never wrapped: scripts read it too."""
+    line = Text.assemble(("error: ", "bold red"), message)
+    stderr.print(line, soft_wrap=True)
+
+
+def print_note(message: str) -> None:
+    stderr.print(Text(message, style="dim"), soft_wrap=True)
+
+
+def write_answer(text: str) -> None:
+    """A piece of the answer, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print_note(f"note: {record.getMessage()}")
+
+
+def show_warnings() -> None:
+    """Print what headinfer logs as warnings, once each."""
+    logger = logging.getLogger("headinfer")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.WARNING))
+
+
+@contextlib.contextmanager
+def working(message: str) -> Iterator[None]:
+    """A spinner on a terminal, a line elsewhere."""
+    if not stderr.is_terminal:
+        print_note(message)
+        yield
+        return
+    with stderr.status(message):
+        yield
+
+
+class PreparationBar:
+    """Shows the steps that prepare the demo model; silent if there are none."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[bytes]}"),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+        self._name = ""
+        self._task = self._progress.add_task("", total=None, bytes="", visible=False)
+
+    def __enter__(self) -> PreparationBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.update(self._task, visible=False)
+        self._progress.stop()
+
+    def __call__(self, step: Step) -> None:
+        if step.name != self._name:
+            self._name = step.name
+            if not stderr.is_terminal:
+                print_note(step.name)
+        counted = f"{format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"
+        self._progress.update(
+            self._task,
+            description=step.name,
+            completed=step.done_bytes,
+            total=step.total_bytes or None,
+            bytes=counted if step.total_bytes else "",
+            visible=True,
+        )
+
+
+class _Remaining(ProgressColumn):
+    """Counts down between chunks from what the clock last said."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Any) -> Text:
+        eta, at = task.fields["eta"], task.fields["at"]
+        if task.finished:
+            return Text("")
+        if eta is None:
+            return Text("timing the first chunk", style="dim")
+        left = max(eta - (time.perf_counter() - at), 0.0)
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"{minutes}:{seconds:02d} left", style="cyan")
+
+
+class PrefillBar:
+    """An observer that shows a prefill: tokens, rate, and an ETA that knows attention's cost.
+
+    It ends by itself with the prompt's last chunk, before the answer begins to stream.
+    """
+
+    def __init__(self, total_tokens: int) -> None:
+        self._clock = PrefillClock(total_tokens)
+        self._total = total_tokens
+        self._started = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("reading"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:,} of {task.total:,} tokens"),
+            TextColumn("{task.fields[rate]}", style="dim"),
+            _Remaining(),
+            console=stderr,
+            disable=not stderr.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "", total=total_tokens, rate="", eta=None, at=self._started
+        )
+        self._open = False
+
+    def __enter__(self) -> PrefillBar:
+        self._started = time.perf_counter()
+        self._progress.start()
+        self._open = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def on_event(self, event: Event) -> None:
+        if not self._open or not isinstance(event, ForwardFinished):
+            return
+        done, now = event.past_tokens + event.new_tokens, time.perf_counter()
+        self._clock.observe(done, now - self._started)
+        self._progress.update(
+            self._task,
+            completed=min(done, self._total),
+            rate=f"{done / max(now - self._started, 1e-9):,.0f} tokens/s",
+            eta=self._clock.eta_s(),
+            at=now,
+        )
+        if done >= self._total:
+            self._stop()
+            if not stderr.is_terminal:
+                print_note(f"read {done:,} tokens in {now - self._started:.1f} s")
+
+    def _stop(self) -> None:
+        if self._open:
+            self._open = False
+            self._progress.stop()
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*row)
+    stderr.print(table)

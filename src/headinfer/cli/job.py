@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question to one model: load, plan, prefill, stream, measure. `run` and `demo` both do this."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from headinfer.cli.console import (
+    PrefillBar,
+    PreparationBar,
+    print_note,
+    show_warnings,
+    working,
+    write_answer,
+)
+
+if TYPE_CHECKING:
+    from headinfer.hf.generate import Generated, Prompt, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What `attach` is told about memory; None lets the plan decide."""
+
+    gpu_memory: str | None = None
+    host_memory: str | None = None
+    chunk_tokens: int | None = None
+    on_unsupported: str = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What was asked for on the command line.
+
+    Attributes:
+        sampling: flags named as in transformers.
+        chat: use the chat template; None: if there is one.
+        beyond: allow more positions than the model was made for.
+        compare: also run with the cache resident.
+    """
+
+    model: str
+    text: str | None
+    question: str | None
+    max_new_tokens: int
+    memory: Memory = field(default_factory=Memory)
+    device: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    chat: bool | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    beyond: bool = False
+    compare: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One measured generation."""
+
+    answer: Generated
+    peak: dict[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished job: decided and measured, never mixed."""
+
+    job: Job
+    loaded: dict[str, Any]
+    plan: dict[str, Any]
+    stats: dict[str, int]
+    headwise: Run
+    resident: Run | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        answer = self.headwise.answer
+        found: dict[str, Any] = {
+            "model": self.job.model,
+            "question": self.job.question,
+            "answer": answer.text,
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": len(answer.token_ids),
+            "stopped": answer.stopped,
+            **self.loaded,
+            "plan": self.plan,
+            "stats": self.stats,
+            "timings": answer.timings(),
+            "peak": self.headwise.peak,
+        }
+        if self.resident is not None:
+            found["resident"] = {
+                "answer": self.resident.answer.text,
+                "same_tokens": self.same_tokens,
+                "timings": self.resident.answer.timings(),
+                "peak": self.resident.peak,
+            }
+        return found
+
+    @property
+    def same_tokens(self) -> bool | None:
+        """The resident cache gave the same tokens; None if it was not asked."""
+        if self.resident is None:
+            return None
+        return self.resident.answer.token_ids == self.headwise.answer.token_ids
+
+
+def execute(job: Job) -> Outcome:
+    """Do it: the answer streams to standard output unless JSON was asked for.
+
+    Raises:
+        HeadInferError: whatever is wrong with model, prompt, budget or machine.
+    """
+    show_warnings()
+    from headinfer.hf.generate import Sampling, build_prompt, check_positions
+
+    sampling = Sampling(**job.sampling)
+    model, tokenizer, load_s = _load(job)
+    prompt = build_prompt(tokenizer, job.text, job.question, chat=job.chat)
+    if not job.beyond:
+        check_positions(model.config, prompt_tokens=prompt.tokens, new_tokens=job.max_new_tokens)
+    plan, stats, headwise = _run_headwise(job, model, tokenizer, prompt, sampling)
+    resident = _run_resident(job, model, tokenizer, prompt, sampling) if job.compare else None
+    loaded = {
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "load_s": load_s,
+    }
+    return Outcome(job, loaded, plan, stats, headwise, resident)
+
+
+def print_json(found: Mapping[str, Any]) -> None:
+    write_answer(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _load(job: Job) -> tuple[Any, Any, float]:
+    from headinfer.hf.load import load_model
+
+    started = time.perf_counter()
+    with PreparationBar() as preparation:
+        model, tokenizer = load_model(
+            job.model,
+            job.dtype,
+            job.device,
+            trust_remote_code=job.trust_remote_code,
+            on_step=preparation,
+        )
+    seconds = time.perf_counter() - started
+    dtype = str(model.dtype).removeprefix("torch.")
+    print_note(f"{job.model}: {dtype} on {model.device}, loaded in {seconds:.1f} s")
+    return model, tokenizer, seconds
+
+
+def _run_headwise(
+    job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling
+) -> tuple[dict[str, Any], dict[str, int], Run]:
+    import headinfer
+    from headinfer.hf.generate import generate_text
+    from headinfer.hf.peak import PeakMemory
+
+    bar = PrefillBar(prompt.tokens)
+    with (
+        PeakMemory(model.device) as peak,
+        headinfer.attach(
+            model,
+            gpu_memory=job.memory.gpu_memory,
+            host_memory=job.memory.host_memory,
+            chunk_tokens=job.memory.chunk_tokens,
+            on_unsupported=job.memory.on_unsupported,
+            expected_tokens=prompt.tokens + job.max_new_tokens,
+            observer=bar,
+        ) as session,
+    ):
+        if session.plan is not None:
+            print_note(str(session.plan))
+        with bar:
+            answer = generate_text(
+                model,
+                tokenizer,
+                prompt,
+                max_new_tokens=job.max_new_tokens,
+                sampling=sampling,
+                on_text=None if job.as_json else write_answer,
+            )
+        if not job.as_json:
+            write_answer("\n")
+        plan = session.plan.as_dict() if session.plan is not None else {}
+        stats = session.stats.as_dict()
+    return plan, stats, Run(answer, peak.as_dict())
+
+
+def _run_resident(job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling) -> Run:
+    from headinfer.hf.generate import generate_text
+    from headinfer.hf.peak import PeakMemory
+
+    name = "the same question with the whole cache resident, for comparison"
+    with working(name), PeakMemory(model.device) as peak:
+        answer = generate_text(
+            model, tokenizer, prompt, max_new_tokens=job.max_new_tokens, sampling=sampling
+        )
+    return Run(answer, peak.as_dict())

@@ -7,21 +7,18 @@ set and one hook supplies or completes the cache.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from headinfer.cache import OffloadedCache
-from headinfer.hf.attach import Session, attach
+from headinfer.hf.attach import attach, session_of
 from headinfer.hf.geometry import weight_bytes_of
 from headinfer.hf.simulate import simulate_context
 
 NEW_TOKENS = 4096
 """Room kept after a simulated context before memory has to grow."""
-
-_SESSIONS: weakref.WeakKeyDictionary[PreTrainedModel, Session] = weakref.WeakKeyDictionary()
 
 
 def mp_headinfer(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -32,10 +29,10 @@ def mp_headinfer(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     Raises:
         UnsupportedModel: see `headinfer.attach`.
     """
-    if model not in _SESSIONS:
-        # First, so that it runs before the hook that reads the cache.
-        model.register_forward_pre_hook(_old_names, with_kwargs=True)
-        _SESSIONS[model] = attach(model, **options)
+    if session_of(model) is None:
+        attach(model, **options)
+        # In front, so that it runs before the hook that reads the cache.
+        model.register_forward_pre_hook(_old_names, with_kwargs=True, prepend=True)
     return model
 
 

@@ -8,6 +8,7 @@ also guards correctness: models that drop the cache they were given get a head-w
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from types import TracebackType
@@ -24,10 +25,12 @@ from transformers import (
 from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
+from headinfer.errors import InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.cache import CacheOptions, HeadCache, options_from
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
+from headinfer.hf.prefill import prefill_of
 from headinfer.hf.preflight import preflight
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Options, Plan, make_plan
 from headinfer.progress import ForwardFinished, ForwardStarted, Observer
@@ -110,6 +113,11 @@ class Session:
         self, model: PreTrainedModel, options: CacheOptions, observer: Observer | None
     ) -> None:
         register()
+        if session_of(model) is not None:
+            raise InputError(
+                f"{type(model).__name__} has headinfer attached already; a second session would "
+                "not be used. Close the first one (leave its `with` block, or call close())"
+            )
         self.model = model
         self.cache: HeadCache | None = None
         self._given = options
@@ -123,7 +131,9 @@ class Session:
         if self._options.expected_tokens is not None:
             self._first_plan = self._make_plan(batch=1)
         self._attention = _attention_in_use(model)
-        self._chunk = getattr(model.generation_config, "prefill_chunk_size", None)
+        self._generation = model.generation_config
+        self._chunk = getattr(self._generation, "prefill_chunk_size", None)
+        self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
         self._hooks: list[Any] = []
         try:
@@ -163,10 +173,11 @@ class Session:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
+        self.model.__dict__.pop("_prefill", None)
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
-        if self.model.generation_config is not None:
-            self.model.generation_config.prefill_chunk_size = self._chunk
+        if self._generation is not None:
+            self._generation.prefill_chunk_size = self._chunk
 
     def __enter__(self) -> Self:
         return self
@@ -182,8 +193,10 @@ class Session:
     def _enter(self) -> None:
         if self._options.on_unsupported == "error" or self.model._can_set_attn_implementation():
             self.model.set_attn_implementation(NAME)
-        if self.model.generation_config is not None:
-            self.model.generation_config.prefill_chunk_size = self._chunk_tokens()
+        if self._generation is not None:
+            self._generation.prefill_chunk_size = self._chunk_tokens()
+        if hasattr(self.model, "_prefill"):
+            self.model._prefill = prefill_of(self.model)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )
@@ -219,12 +232,13 @@ class Session:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("use_cache", True) and not module.training:
-            given = kwargs.get("past_key_values")
-            kwargs = {**kwargs, "past_key_values": self._supply(given)}
+        named = self._named(args, kwargs)
+        if self._caches(named) and not module.training:
+            named["past_key_values"] = self._supply(named.get("past_key_values"))
+            args, kwargs = self._with_cache(args, kwargs, named["past_key_values"])
         self._started = time.perf_counter()
         if self._observer is not None:
-            past, new = _lengths(kwargs)
+            past, new = _lengths(named)
             self._observer.on_event(ForwardStarted(past, new))
         return args, kwargs
 
@@ -233,14 +247,36 @@ class Session:
     ) -> None:
         if self._observer is not None:
             seconds = time.perf_counter() - self._started
-            past, new = _lengths(kwargs)
+            past, new = _lengths(self._named(args, kwargs))
             self._observer.on_event(ForwardFinished(max(past - new, 0), new, seconds))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _caches(self, named: dict[str, Any]) -> bool:
+        """Whether this forward pass would use a cache."""
+        asked = named.get("use_cache")
+        if asked is None:
+            text = self.model.config.get_text_config(decoder=True)
+            asked = named.get("past_key_values") is not None or getattr(text, "use_cache", True)
+        return bool(asked)
+
+    def _with_cache(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        name = "past_key_values"
+        place = self._names.index(name) if name in self._names else len(args)
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: cache}
 
     def _supply(self, given: Any) -> Any:
         """A head-wise cache in the place of a missing or empty stock one."""
         if isinstance(given, EncoderDecoderCache):
             if _is_fresh(given.self_attention_cache):
-                given.self_attention_cache = self.new_cache()
+                given.self_attention_cache = self._supply(given.self_attention_cache)
+            elif isinstance(given.self_attention_cache, HeadCache):
+                self.cache = given.self_attention_cache
             return given
         if given is None:
             cache = self.new_cache()
@@ -248,14 +284,40 @@ class Session:
                 return EncoderDecoderCache(cache, DynamicCache(config=_decoder_config(self.model)))
             return cache
         if _is_fresh(given):
-            return self.new_cache()
+            cache = self.new_cache()
+            if any(getattr(layer, "record_past", False) for layer in given.layers):
+                cache.activate_past_recording()  # assisted decoding will want to go back
+            return cache
         if isinstance(given, HeadCache):
             self.cache = given
         return given
 
 
+def session_of(model: nn.Module) -> Session | None:
+    """The session attached to `model`, if there is one."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Session):
+            return owner
+    return None
+
+
+def _positional_names(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [found.name for found in parameters if found.kind in kinds]
+
+
 def _is_fresh(cache: Any) -> bool:
-    return type(cache) is DynamicCache and not cache.offloading and not _length(cache)
+    if type(cache) is not DynamicCache or cache.offloading or _length(cache):
+        return False
+    return not any(_has_states(layer) for layer in cache.layers)
+
+
+def _has_states(layer: Any) -> bool:
+    """Whether a linear-attention layer has seen tokens."""
+    found = getattr(layer, "has_previous_state", False)
+    return any(found.values()) if isinstance(found, dict) else bool(found)
 
 
 def _length(cache: Any) -> int:

@@ -10,7 +10,8 @@ first update, when device, type and batch are known.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -93,23 +94,20 @@ class Backing:
         self.engine = engine
         self.plan: Plan | None = None
         self.runner: Runner | None = None
-        self.settled = False
 
     def runner_for(self, key: Tensor, value: Tensor, layers: int) -> Runner:
         """The runner; made by the first update of any layer."""
         if self.runner is None:
             geometry = self.geometry or layers_seen(layers, key, value)
             geometry = replace(geometry, itemsize=key.element_size())
-            if not self.settled:
-                options = resolve_budget(self.options, key.device)
-                self.plan = make_plan(geometry, options, device=key.device.type, batch=key.shape[0])
-            assert self.plan is not None
+            options = resolve_budget(self.options, key.device)
+            self.plan = make_plan(geometry, options, device=key.device.type, batch=key.shape[0])
             self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
         return self.runner
 
     def clone(self) -> Backing:
         twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
-        twin.plan, twin.settled = self.plan, self.settled
+        twin.plan = self.plan
         twin.runner = None if self.runner is None else self.runner.clone()
         return twin
 
@@ -128,6 +126,14 @@ def settings_of(plan: Plan, options: Options) -> RunnerSettings:
         attention=options.attention,
         poison=options.poison,
     )
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """What is stored outlives the call: no tensor of inference mode, which could not be written
+    to outside it, and no part of a gradient's graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class HeadLayer(CacheLayerMixin):
@@ -182,9 +188,11 @@ class HeadLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         runner = self.backing.runner_for(key_states, value_states, self.index + 1)
-        self.length = runner.append(self.index, key_states, value_states)
+        with _lasting():
+            self.length = runner.append(self.index, key_states, value_states)
         keys, values = self.keys, self.values
-        assert keys is not None and values is not None
+        if keys is None or values is None:
+            raise CacheStateError(f"layer {self.index} was given no tokens to store")
         return keys, values
 
     def attend(self, length: int, query: Query) -> Tensor:
@@ -227,7 +235,8 @@ class HeadLayer(CacheLayerMixin):
             return
         length = self.length + count if count < 0 else min(count, self.length)
         length = max(length, 0)
-        self._runner().crop(self.index, length)
+        with _lasting():
+            self._runner().crop(self.index, length)
         self.length = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -249,7 +258,8 @@ class HeadLayer(CacheLayerMixin):
 
     def _reorder(self, rows: Sequence[int]) -> None:
         if self.length:
-            self._runner().reorder(self.index, rows)
+            with _lasting():
+                self._runner().reorder(self.index, rows)
 
     def _runner(self) -> Runner:
         runner = self.backing.runner
@@ -344,8 +354,8 @@ class HeadCache(DynamicCache):
         geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
         latent = getattr(text, "kv_lora_rank", None) is not None
         self.backing = Backing(options_from(options), geometry, latent=latent, engine=engine)
-        if self.layer_class_to_replicate is not None:
-            self.layer_class_to_replicate = _LayerFactory(self.backing)
+        if config is None:
+            self.layer_class_to_replicate: Any = _LayerFactory(self.backing)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = HeadLayer(self.backing, index)
@@ -390,9 +400,10 @@ class HeadCache(DynamicCache):
             layer.length, layer.is_initialized = 0, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
-        twin = HeadCache.__new__(HeadCache)
+        twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        backing = self.backing.clone()
+        with _lasting():
+            backing = self.backing.clone()
         memo[id(self.backing)] = backing
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)

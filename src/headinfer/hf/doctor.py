@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 from headinfer.attention.api import choose, why_not
 from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
-from headinfer.errors import HeadInferError, UnsupportedAttention
-from headinfer.hf.attach import attach
+from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
+from headinfer.hf.attach import attach, session_of
 
 TOKENS = 200
 CHUNK = 64
@@ -88,7 +88,16 @@ class DoctorReport:
 
 
 def doctor(model: PreTrainedModel | None = None) -> DoctorReport:
-    """Examine the machine, and `model` if one is given; runs a few short forward passes."""
+    """Examine the machine, and `model` if one is given; runs a few short forward passes.
+
+    Raises:
+        InputError: headinfer is attached to `model` already, so that nothing is left to compare.
+    """
+    if model is not None and session_of(model) is not None:
+        raise InputError(
+            f"headinfer is attached to {type(model).__name__} already, so its stock answers cannot "
+            "be had; close the session, then examine the model"
+        )
     calls = dict(_calls())
     report = DoctorReport(
         versions=_versions(),
@@ -133,8 +142,8 @@ def _compare(model: PreTrainedModel, tokens: Tensor, report: DoctorReport) -> No
         with attach(model, tile_bytes=TILE_BYTES, staging=True) as run:
             report.warnings.extend(run.warnings)
             one, chunked = _one_shot(model, tokens), _chunked(model, tokens)
-    except HeadInferError as error:
-        report.checks.append(Check(f"refused: {error}", float("inf"), bound, False))
+    except HeadInferError as refusal:
+        report.checks.append(Check(f"refused: {refusal}", float("inf"), bound, False))
         return
     for name, found, against in (
         ("one-shot, headinfer against the resident cache", one, stock),
@@ -148,7 +157,8 @@ def _compare(model: PreTrainedModel, tokens: Tensor, report: DoctorReport) -> No
 
 
 def _one_shot(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(**_inputs(model, tokens), use_cache=True).logits.double()
+    logits: Tensor = model(**_inputs(model, tokens), use_cache=True).logits
+    return logits.double()
 
 
 def _chunked(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models and the two ways a CPU holds their keys and values: staged and in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import headinfer
+
+# A staging slot holds 64 tokens of one head; prompts have more than a block of 128, so that every
+# path runs: blocks written back, tiles staged and given back (NaN-filled), the tail.
+STAGED = {
+    "chunk_tokens": 16,
+    "tile_bytes": 2**13,
+    "staging": True,
+    "poison": True,
+    "num_slots": 3,
+}
+IN_PLACE = {"chunk_tokens": 16}
+
+TINY: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+
+Build = Callable[..., PreTrainedModel]
+Ids = Callable[..., Tensor]
+Steps = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny operations lose time to a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[STAGED, IN_PLACE], ids=["staged", "in_place"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+@pytest.fixture(scope="session")
+def staged() -> dict[str, Any]:
+    return dict(STAGED)
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    """Makes a seeded random model in fp32 on eager attention: build("llama", hidden_size=64)."""
+
+    def make(model_type: str = "llama", *, model_class: str | None = None, **config: Any) -> Any:
+        arguments = {**TINY, **config}
+        attention = arguments.pop("attn_implementation")
+        made = CONFIG_MAPPING[model_type](**arguments)
+        torch.manual_seed(0)
+        if model_class is None:
+            model = transformers.AutoModelForCausalLM.from_config(
+                made, attn_implementation=attention
+            )
+        else:
+            model = getattr(transformers, model_class)._from_config(
+                made, attn_implementation=attention
+            )
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = arguments["eos_token_id"]
+            model.generation_config.pad_token_id = 0
+        return model.float().eval()
+
+    return make
+
+
+@pytest.fixture
+def llama(build: Build) -> PreTrainedModel:
+    return build("llama")
+
+
+@pytest.fixture(scope="session")
+def ids() -> Ids:
+    """Random prompts [batch, tokens]."""
+
+    def make(tokens: int = 150, batch: int = 1, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, TINY["vocab_size"], (batch, tokens), generator=generator)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def steps() -> Steps:
+    """Logits of a prompt passed in pieces: through `cache`, or the one the model starts."""
+
+    @torch.no_grad()
+    def run(
+        model: PreTrainedModel,
+        tokens: Tensor,
+        sizes: Sequence[int],
+        cache: Any = None,
+        mask: Tensor | None = None,
+        past: int = 0,
+    ) -> Tensor:
+        found, start = [], 0
+        for size in sizes:
+            more = {} if mask is None else {"attention_mask": mask[:, : past + start + size]}
+            out = model(
+                tokens[:, start : start + size], past_key_values=cache, use_cache=True, **more
+            )
+            cache = out.past_key_values
+            found.append(out.logits)
+            start += size
+        assert start == tokens.shape[1]
+        return torch.cat(found, dim=1)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def resident(steps: Steps) -> Steps:
+    """The same through transformers' own cache and eager attention."""
+
+    def run(model: PreTrainedModel, tokens: Tensor, sizes: Sequence[int], **more: Any) -> Tensor:
+        assert model.config._attn_implementation == "eager"
+        return steps(model, tokens, sizes, DynamicCache(config=model.config), **more)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[[Tensor, Tensor], None]:
+    """Asserts equality in fp32: within 1e-5 of the largest logit, and finite."""
+
+    def check(found: Tensor, expected: Tensor) -> None:
+        assert found.shape == expected.shape
+        assert torch.isfinite(found).all()
+        error = float((found - expected).abs().max() / expected.abs().max())
+        assert error <= 1e-5, f"relative error {error:.1e}"
+
+    return check
+
+
+@pytest.fixture
+def head_cache(options: dict[str, Any]) -> Callable[..., headinfer.HeadCache]:
+    """Makes a HeadCache for a model, with the options of this test."""
+
+    def make(model: PreTrainedModel, **more: Any) -> headinfer.HeadCache:
+        return headinfer.HeadCache(model.config, **{**options, **more})
+
+    return make

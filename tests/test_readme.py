@@ -70,10 +70,10 @@ def commands(block: Block) -> Iterator[list[str]]:
 def need_demo_model() -> None:
     """The demo model is there or can be got; only where nothing can be installed may it be absent."""
     from headinfer.errors import InputError
-    from headinfer.hf.load import load_config
+    from headinfer.hf.demo_model import demo_folder
 
     try:
-        load_config("demo")
+        demo_folder()
     except (InputError, ImportError) as error:
         if os.environ.get("HEADINFER_NO_INSTALL") == "1":
             pytest.skip(f"HEADINFER_NO_INSTALL=1 and no demo model: {error}")

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from headinfer.attention.api import AUTO, attend
 from headinfer.attention.masks import MaskRecipe
-from headinfer.attention.merge import add_sink, identity, merge_into
+from headinfer.attention.merge import add_sink, identity, merge_all, merge_into
 from headinfer.attention.types import Partial
 from headinfer.errors import CacheStateError, HeadInferError
 from headinfer.formats import format_named
@@ -194,7 +193,8 @@ class Runner:
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
         for heads in layer.ranges:
             if isinstance(heads, DirectHeads):
-                total = _Total(query, q, _query_heads(layer, query, heads.heads), self._impl)
+                mine = _query_heads(layer, query, heads.heads)
+                total = _Total(query, q, mine, self._impl, collect=False)
                 for piece in heads.pieces(length):
                     total.add(piece)
                 total.finish(out)
@@ -215,25 +215,18 @@ class Runner:
         recent = heads.recent_pieces(length)
         wanted = deque(self._tiles(layer, heads, heads.prefix(length)))
         self._schedule.reached(layer.index)
-        grouped = [group for group, _ in groupby(wanted, key=lambda tile: tile.group)]
-        together = out[:, :, : heads.heads.heads].numel() * 4 <= TOGETHER_BYTES
-        newest: Partial | None = None
-        if together or not grouped:
-            total = _Total(query, q, _query_heads(layer, query, heads.heads), self._impl)
+        # Small outputs are merged once per layer rather than once per tile: decode would
+        # otherwise spend its time launching kernels.
+        collect = out[:, :, : heads.heads.heads].numel() * 4 <= TOGETHER_BYTES or not wanted
+        newest = _Total(query, q, _query_heads(layer, query, heads.heads), self._impl, collect)
+        if collect:
             for piece in recent:
-                total.add(piece)
-            if not grouped:
-                total.finish(out)
-                return
-            newest = total.partial
-        first_head = _query_heads(layer, query, heads.heads)[0]
-        for group in grouped:
-            mine = _query_heads(layer, query, group)
-            total = _Total(query, q, mine, self._impl)
-            if newest is not None:
-                part = slice(mine[0] - first_head, mine[1] - first_head)
-                total.start(Partial(newest.out[:, part], newest.lse[:, part]))
-            else:
+                newest.add(piece)
+        totals: list[_Total] = []
+        while wanted:
+            group = wanted[0].group
+            total = _Total(query, q, _query_heads(layer, query, group), self._impl, collect)
+            if not collect:
                 for piece in recent:
                     total.add(_of_group(piece, heads.heads, group))
             while wanted and wanted[0].group == group:
@@ -245,7 +238,13 @@ class Runner:
                 ring.prefetch(self._schedule.next_tile)  # load next
                 total.add(heads.unpack(tile, slot))  # attend this
                 ring.give_back()
-            total.finish(out)
+            if collect:
+                totals.append(total)
+            else:
+                total.finish(out)
+        if collect:
+            newest.join(totals)
+            newest.finish(out)
 
     def gather(self, index: int, length: int, *, values: bool) -> Tensor:
         """Keys or values [b, h, t, d] of the first `length` tokens, copied to the device."""
@@ -409,7 +408,8 @@ class Runner:
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
         heads = self.layers[tile.layer].offloaded
-        assert heads is not None
+        if heads is None:
+            raise CacheStateError(f"layer {tile.layer} has no offloaded heads to stage")
         return heads.load(tile, slot), [heads.last_write]
 
     def _tiles_of_layer(self, index: int) -> Iterator[Tile]:
@@ -451,7 +451,7 @@ def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
     """Attention of `query` over plain k, v [b, h, s, d], [b, t, h, d]: the same arithmetic as over
     a cache, for what the fused kernels of transformers do not take."""
     batch, heads, rows, _ = query.q.shape
-    total = _Total(query, query.q, (0, heads), AUTO)
+    total = _Total(query, query.q, (0, heads), AUTO, collect=False)
     total.add(Piece(0, k, v))
     out = query.q.new_empty(batch, rows, heads, query.value_dim)
     total.finish(out)
@@ -459,46 +459,59 @@ def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Total:
-    """Partials of some query heads, merged as they come."""
+    """Partials of some query heads, merged as they come or, when small, all at the end."""
 
-    def __init__(self, query: Query, q: Tensor, heads: tuple[int, int], impl: str) -> None:
+    def __init__(
+        self, query: Query, q: Tensor, heads: tuple[int, int], impl: str, collect: bool
+    ) -> None:
         self._query = query
         self._q = q[:, heads[0] : heads[1]]
         self._heads = heads
         self._impl = impl
-        self._sum: Partial | None = None
-        self._owned = False
+        self._collect = collect
+        self._parts: list[Partial] = []  # each over all rows
+        self._owned = False  # whether the only part may be merged into
 
     @property
     def partial(self) -> Partial:
-        if self._sum is None:
+        """Everything added so far; an identity if nothing was."""
+        if not self._parts:
             batch, heads, rows, _ = self._q.shape
             shape = (batch, heads, rows, self._query.value_dim)
-            self._sum, self._owned = identity(shape, device=self._q.device), True
-        return self._sum
-
-    def start(self, partial: Partial) -> None:
-        """Begin with `partial`, which stays unchanged."""
-        self._sum = partial
+            self._parts, self._owned = [identity(shape, device=self._q.device)], True
+        elif len(self._parts) > 1:
+            self._parts, self._owned = [merge_all(self._parts)], True
+        return self._parts[0]
 
     def add(self, piece: Piece) -> None:
         """Attend a piece of the context and merge what every row sees of it."""
         rows, keys = (0, self._q.shape[2]), (piece.start, piece.start + piece.k.shape[2])
         for block in self._query.recipe.blocks(rows, keys):
-            start, stop = (key - piece.start for key in block.keys)
-            step = self._expand_tokens(piece) if self._query.expand and not block.causal else 0
-            for first in range(start, stop, step or max(stop - start, 1)):
-                last = min(first + (step or stop - start), stop)
+            start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
+            step = stop - start
+            if self._query.expand is not None and not block.causal:
+                step = min(step, self._expand_tokens(piece))
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
                 bias = block.bias
-                if bias is not None and step:
+                if bias is not None and step < stop - start:
                     bias = bias[..., first - start : last - start]
-                self._add(
-                    block.rows,
-                    piece.k[:, :, first:last],
-                    piece.v[:, :, first:last],
-                    block.causal,
-                    bias,
-                )
+                k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
+                self._add(block.rows, k, v, block.causal, bias)
+
+    def join(self, groups: Sequence[_Total]) -> None:
+        """Add what `groups` found, each for its share of these heads, in order."""
+        if not groups:
+            return
+        counts = {len(group._parts) for group in groups}
+        found = [group._parts if len(counts) == 1 else [group.partial] for group in groups]
+        for over_heads in zip(*found, strict=True):
+            if len(over_heads) == 1:
+                self._parts.append(over_heads[0])
+                continue
+            outs, lses = zip(*over_heads, strict=True)
+            self._parts.append(Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1)))
+        self._owned = False
 
     def finish(self, out: Tensor) -> None:
         """Write the result into out [b, t, h, d]."""
@@ -528,13 +541,15 @@ class _Total:
         self._merge(rows, part)
 
     def _merge(self, rows: tuple[int, int], part: Partial) -> None:
-        if self._sum is None and rows == (0, self._q.shape[2]):
-            self._sum = part
+        whole = rows == (0, self._q.shape[2])
+        if whole and (self._collect or not self._parts):
+            self._parts.append(part)
+            self._owned = False
             return
         total = self.partial
         if not self._owned:
             total = Partial(total.out.to(torch.float32, copy=True), total.lse.clone())
-            self._sum, self._owned = total, True
+            self._parts, self._owned = [total], True
         here = slice(rows[0], rows[1])
         merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
 

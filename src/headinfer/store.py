@@ -125,7 +125,9 @@ class SpanStore:
             )
         length = self.length + tokens
         target = length // self.block_tokens * self.block_tokens
-        segments, new, writes = list(self.segments), [], []
+        segments = list(self.segments)
+        new: list[Segment] = []
+        writes: list[Write] = []
         position = self.stored
         while position < target:
             last = segments[-1] if segments else None

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from headinfer.errors import TransferError
 from headinfer.layout import Tile
 
 
@@ -94,8 +95,7 @@ class CudaEngine:
         stream = self._lanes[lane]
         with torch.cuda.stream(stream):
             for ticket in after:
-                assert isinstance(ticket, torch.cuda.Event)
-                stream.wait_event(ticket)
+                stream.wait_event(cast(torch.cuda.Event, ticket))
             for copy in copies:
                 copy.dst.copy_(copy.src, non_blocking=True)
             done = torch.cuda.Event()
@@ -108,8 +108,7 @@ class CudaEngine:
         return event
 
     def wait(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, torch.cuda.Event)
-        torch.cuda.current_stream(self.device).wait_event(ticket)
+        torch.cuda.current_stream(self.device).wait_event(cast(torch.cuda.Event, ticket))
 
     def drain(self) -> None:
         for stream in self._lanes.values():
@@ -177,7 +176,8 @@ class StagingRing:
 
     def give_back(self) -> None:
         """Compute has enqueued its last read of the tile taken."""
-        assert self._taken is not None
+        if self._taken is None:
+            raise TransferError("give_back() without take(): no tile is in use")
         if self.poison:
             self._taken.buffer.fill_(0xFF)
         self._taken.free_after = self._engine.fence()

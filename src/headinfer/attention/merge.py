@@ -7,6 +7,8 @@ this is the rescaling step of online softmax (Milakov and Gimelshein, arXiv 1805
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ def merge(a: Partial, b: Partial) -> Partial:
     dtype = torch.promote_types(lse.dtype, torch.float32)
     out = a.out.to(dtype) * weight_a[..., None] + b.out.to(dtype) * weight_b[..., None]
     return Partial(out, lse)
+
+
+def merge_all(parts: Sequence[Partial]) -> Partial:
+    """The merge of several partials at once: a few kernels however many there are."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([part.lse for part in parts])
+    lse = torch.logsumexp(lses, dim=0)
+    outs = torch.stack([part.out for part in parts])
+    return Partial((outs * _weight(lses, lse)[..., None]).sum(dim=0), lse)
 
 
 def merge_into(total: Partial, part: Partial) -> None:

@@ -9,7 +9,7 @@ honoured or refused by name: an unknown one may change the result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,8 +151,7 @@ def _stream(
         raise HandleError(
             f"{_where(module)} attends over {key!r} with {value!r}: not the same layer and length"
         )
-    layer = origin.source
-    assert isinstance(layer, HeadLayer)
+    layer = cast(HeadLayer, origin.source)
     call = Query(
         query,
         scale,

@@ -71,7 +71,7 @@ class KVHandle(torch.Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, origin: Origin
     ) -> KVHandle:
-        handle: KVHandle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle: KVHandle = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device
         )
         handle.origin = origin
@@ -79,13 +79,13 @@ class KVHandle(torch.Tensor):
         return handle
 
     # Shape and type reads stay in C++; everything else reaches __torch_dispatch__.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         what = "values" if self.origin.values else "keys"
         return f"KVHandle({what} of layer {self.origin.source.index}, shape={tuple(self.shape)})"
 
-    def real(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The tensor itself, copied to the device once per handle."""
         if self._real is None:
             origin = self.origin
@@ -93,7 +93,7 @@ class KVHandle(torch.Tensor):
         return self._real
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -106,7 +106,10 @@ class KVHandle(torch.Tensor):
             return KVHandle(args[0].shape, args[0].dtype, torch.device(device), args[0].origin)
         handles = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, KVHandle)]
         if any(handle.origin.source.on_unsupported == "materialize" for handle in handles):
-            return func(*_map_handles(KVHandle.real, args), **_map_handles(KVHandle.real, kwargs))
+            return func(
+                *_map_handles(KVHandle.materialized, args),
+                **_map_handles(KVHandle.materialized, kwargs),
+            )
         if all(handle.origin.latent for handle in handles):
             return _on_meta(func, args, kwargs, handles)
         raise HandleError(_kv_message(func, handles[0]))
@@ -126,19 +129,19 @@ class LazyMask(torch.Tensor):
         recipe: MaskRecipe,
         make: Callable[[], Tensor],
     ) -> LazyMask:
-        mask: LazyMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        mask: LazyMask = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=torch.bool, device=device
         )
         mask.recipe, mask.make = recipe, make
         return mask
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, {type(self.recipe).__name__})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],

@@ -83,5 +83,5 @@ class DelayedCudaEngine(CudaEngine):
 
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
         with torch.cuda.stream(self._lanes[lane]):
-            torch.cuda._sleep(self._random.randrange(self._most_cycles))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(self._random.randrange(self._most_cycles))
         return super().submit(copies, lane=lane, after=after)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan fits, or the refusal names a remedy that then works; more memory never places less."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from headinfer.budget import GIB, MIB, MemoryBudget
+from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.plan import Options, activation_bytes, make_plan
+
+
+def llama3_8b(weights=15 * GIB):
+    layer = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+    return Geometry((layer,) * 32, 2, 4096, 14336, 128256, weights, 8192, "Llama-3-8B")
+
+
+def options(gpu=None, host=None, **more):
+    return Options(budget=MemoryBudget(gpu_bytes=gpu, host_bytes=host), **more)
+
+
+layers = st.builds(
+    LayerGeometry,
+    kind=st.sampled_from(list(LayerKind)),
+    num_kv_heads=st.integers(1, 8),
+    key_dim=st.sampled_from([16, 64, 128]),
+    value_dim=st.sampled_from([16, 64, 128]),
+    num_query_heads=st.integers(1, 32),
+    window=st.integers(1, 4096),
+)
+geometries = st.builds(
+    Geometry,
+    layers=st.lists(layers, min_size=1, max_size=6).map(tuple),
+    itemsize=st.sampled_from([2, 4]),
+    hidden_size=st.integers(64, 8192),
+    intermediate_size=st.integers(64, 30000),
+    vocab_size=st.integers(100, 200_000),
+    weight_bytes=st.integers(0, 20 * GIB),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    geometry=geometries,
+    gpu=st.integers(1, 40 * GIB),
+    host=st.integers(1, 64 * GIB),
+    tokens=st.one_of(st.none(), st.integers(1, 2**20)),
+    batch=st.integers(1, 4),
+    chunk=st.one_of(st.none(), st.integers(1, 20_000)),
+)
+def test_a_plan_fits_or_its_remedy_does(geometry, gpu, host, tokens, batch, chunk):
+    asked = options(gpu, host, expected_tokens=tokens, chunk_tokens=chunk)
+    try:
+        plan = make_plan(geometry, asked, device="cuda", batch=batch)
+    except BudgetTooSmall as error:
+        # Following the message: the named budget of that tier, the other without limit.
+        gpu = error.needed_bytes if error.tier == "gpu" else gpu
+        host = error.needed_bytes if error.tier == "host" else None
+        asked = options(gpu, host, expected_tokens=tokens, chunk_tokens=chunk)
+        plan = make_plan(geometry, asked, device="cuda", batch=batch)
+    assert plan.gpu_bytes <= gpu
+    assert host is None or plan.host_bytes <= host
+    assert plan.gpu_bytes == sum(plan.gpu_parts.values())
+    assert all(
+        0 <= r <= layer.num_kv_heads
+        for r, layer in zip(plan.resident_heads, geometry.layers, strict=True)
+    )
+    json.dumps(plan.as_dict())
+    assert str(plan)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    geometry=geometries,
+    gpu=st.integers(GIB, 40 * GIB),
+    more=st.integers(0, 20 * GIB),
+    tokens=st.integers(1, 2**20),
+)
+def test_more_memory_never_offloads_more(geometry, gpu, more, tokens):
+    try:
+        less = make_plan(geometry, options(gpu, expected_tokens=tokens), device="cuda")
+    except BudgetTooSmall:
+        assume(False)
+    rich = make_plan(geometry, options(gpu + more, expected_tokens=tokens), device="cuda")
+    assert rich.chunk_tokens >= less.chunk_tokens
+    if rich.chunk_tokens == less.chunk_tokens:
+        assert rich.offloaded_heads <= less.offloaded_heads
+
+
+@given(tokens=st.integers(1, 2**22))
+def test_staging_is_at_most_256_mib_and_does_not_depend_on_the_context(tokens):
+    plan = make_plan(
+        llama3_8b(), options(24 * GIB, expected_tokens=tokens, resident_heads=0), device="cuda"
+    )
+    assert plan.staging_bytes <= 256 * MIB
+    if tokens >= 8192:
+        assert plan.staging_bytes == 5 * 32 * MIB + 2 * (32 * MIB + 256)
+
+
+def test_everything_resident_when_it_fits():
+    plan = make_plan(llama3_8b(), options(40 * GIB, expected_tokens=8192), device="cuda")
+    assert plan.offloaded_heads == 0
+    assert plan.host_bytes == 0
+
+
+def test_residents_are_spread_evenly():
+    plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=131072), device="cuda")
+    assert 0 < plan.offloaded_heads < 256
+    assert max(plan.resident_heads) - min(plan.resident_heads) <= 1
+
+
+def test_a_million_tokens_of_an_8b_model_need_122_gib_of_host_memory():
+    plan = make_plan(
+        llama3_8b(), options(24 * GIB, expected_tokens=1_000_000, resident_heads=0), device="cuda"
+    )
+    assert plan.host_bytes == pytest.approx(1_000_000 * 128 * 1024, rel=2e-4)
+
+
+def test_the_message_names_parts_budget_and_what_to_do():
+    with pytest.raises(
+        BudgetTooSmall,
+        match=r"Llama-3-8B does not fit: 15\.00 GiB weights \+ .*the GPU budget is 15\.20 GiB\. Raise gpu_memory to \d+ bytes",
+    ):
+        make_plan(llama3_8b(), options(int(15.2 * GIB)), device="cuda")
+    with pytest.raises(BudgetTooSmall, match=r"Lower chunk_tokens to [\d,]+ or less") as caught:
+        make_plan(llama3_8b(), options(18 * GIB, chunk_tokens=100_000), device="cuda")
+    chunk = int(str(caught.value).split("Lower chunk_tokens to ")[1].split()[0].replace(",", ""))
+    assert make_plan(llama3_8b(), options(18 * GIB, chunk_tokens=chunk), device="cuda")
+    with pytest.raises(BudgetTooSmall, match=r"shorten the context to [\d,]+ tokens") as caught:
+        make_plan(llama3_8b(), options(24 * GIB, 8 * GIB, expected_tokens=10**6), device="cuda")
+    fewer = int(str(caught.value).split("context to ")[1].split()[0].replace(",", ""))
+    assert make_plan(llama3_8b(), options(24 * GIB, 8 * GIB, expected_tokens=fewer), device="cuda")
+
+
+def test_options_that_cannot_be_are_refused():
+    for bad in (
+        {"chunk_tokens": 0},
+        {"chunk_tokens": 1.5},
+        {"expected_tokens": -1},
+        {"resident_heads": -1},
+        {"num_slots": True},
+        {"on_unsupported": "ignore"},
+        {"kv_format": "int3"},
+    ):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            Options(**bad)
+    with pytest.raises(InputError, match="the model is on the CPU"):
+        make_plan(llama3_8b(), options(GIB), device="cpu")
+    with pytest.raises(InputError, match="cannot attend host memory in place"):
+        make_plan(llama3_8b(), options(24 * GIB, staging=False), device="cuda")
+
+
+def test_activations_grow_with_the_chunk_alone():
+    geometry = llama3_8b()
+    assert activation_bytes(geometry, 8192) > activation_bytes(geometry, 1024)
+    assert 0.8 * GIB < activation_bytes(geometry, 8192) < 1.1 * GIB
+
+
+def test_on_a_cpu_nothing_is_staged_unless_asked():
+    plan = make_plan(llama3_8b(), options(host=200 * GIB, expected_tokens=10**6), device="cpu")
+    assert not plan.staging
+    assert plan.gpu_bytes == 0
+    assert plan.host_bytes >= 10**6 * 128 * 1024
+    staged = make_plan(llama3_8b(), options(staging=True), device="cpu")
+    assert staged.staging

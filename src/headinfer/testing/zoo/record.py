@@ -59,7 +59,7 @@ class Column(enum.Enum):
     CHUNKED = "chunked + decode"
     PADDED = "left-padded batch"
     GREEDY = "greedy"
-    GREEDY_CHUNKED = "greedy, chunked prefill"
+    GREEDY_CHUNKED = "greedy after chunks"
     BEAMS = "3 beams"
 
 

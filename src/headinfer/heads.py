@@ -23,6 +23,9 @@ from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
 
+CACHED_VIEWS = 64
+"""Slots are few and tiles of a pass have few shapes: their views are made once."""
+
 PERMUTE_TOKENS = 8 * BLOCK_TOKENS
 """A reordering rewrites directly held segments up to this size instead of mapping their rows."""
 
@@ -220,6 +223,7 @@ class OffloadedHeads:
         self._device = device
         self._format = fmt
         self._tail: tuple[Tensor, Tensor] | None = None
+        self._view_cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self.last_write: Ticket = engine.fence()
         self._tail_free_after: Ticket = self.last_write
 
@@ -331,6 +335,7 @@ class OffloadedHeads:
     def clear(self) -> None:
         self._engine.drain()
         self.recent = self._tail = None
+        self._view_cache.clear()
         self._memory.free(self.store.clear())
 
     def clone(self, tier: Tier) -> OffloadedHeads:
@@ -423,9 +428,22 @@ class OffloadedHeads:
         ]
 
     def _slot_views(self, tile: Tile, slot: Tensor) -> tuple[Tensor, Tensor]:
-        return self._views(slot, tile.group.heads, self.store.batch, tile.span.tokens)
+        shape = tile.group.heads, self.store.batch, tile.span.tokens
+        # Only slots outlive the call: a view kept of another buffer would keep its memory.
+        return self._views(slot, *shape) if tile.layer >= 0 else self._new_views(slot, *shape)
 
     def _views(self, buffer: Tensor, heads: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+        place = (buffer.data_ptr(), heads, batch, tokens)
+        found = self._view_cache.get(place)
+        if found is None:
+            if len(self._view_cache) >= CACHED_VIEWS:
+                self._view_cache.clear()
+            found = self._view_cache[place] = self._new_views(buffer, heads, batch, tokens)
+        return found
+
+    def _new_views(
+        self, buffer: Tensor, heads: int, batch: int, tokens: int
+    ) -> tuple[Tensor, Tensor]:
         shape, leading = self.shape, (heads, batch, tokens)
         k_bytes = aligned(heads * batch * tokens * shape.key_dim * shape.dtype.itemsize)
         k = bytes_as(buffer, 0, (*leading, shape.key_dim), shape.dtype)

@@ -167,3 +167,31 @@ def head_cache(options: dict[str, Any]) -> Callable[..., headinfer.HeadCache]:
         return headinfer.HeadCache(model.config, **{**options, **more})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dense() -> Callable[..., Tensor]:
+    """What a recipe's blocks add up to, [b, 1 or h, rows, keys] bool; no pair may come twice."""
+
+    def make(recipe: Any, rows: tuple[int, int], keys: tuple[int, int], batch: int = 1) -> Tensor:
+        shape = (rows[1] - rows[0], keys[1] - keys[0])
+        seen, count = torch.zeros(batch, 1, *shape, dtype=torch.bool), torch.zeros(shape)
+        for block in recipe.blocks(rows, keys):
+            (r0, r1), (k0, k1) = block.rows, block.keys
+            assert rows[0] <= r0 < r1 <= rows[1]
+            assert keys[0] <= k0 < k1 <= keys[1]
+            here = (slice(r0 - rows[0], r1 - rows[0]), slice(k0 - keys[0], k1 - keys[0]))
+            count[here] += 1
+            found = torch.ones(r1 - r0, k1 - k0, dtype=torch.bool)
+            if block.causal:
+                assert r1 - r0 == k1 - k0
+                assert block.bias is None
+                found = found.tril()
+            if block.bias is not None:
+                bias = block.bias
+                found = bias if bias.dtype == torch.bool else bias > -torch.inf
+            seen[:, :, *here] |= found
+        assert count.max() <= 1 if count.numel() else True
+        return seen
+
+    return make

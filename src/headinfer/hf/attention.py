@@ -9,7 +9,7 @@ honoured or refused by name: an unknown one may change the result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRecipe
 from headinfer.errors import HandleError, UnsupportedAttention
-from headinfer.hf.cache import HeadLayer
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import register_mask
 from headinfer.runner import Expand, Query, attend_in_memory
@@ -151,7 +150,6 @@ def _stream(
         raise HandleError(
             f"{_where(module)} attends over {key!r} with {value!r}: not the same layer and length"
         )
-    layer = cast(HeadLayer, origin.source)
     call = Query(
         query,
         scale,
@@ -161,7 +159,26 @@ def _stream(
         sink=sink,
         expand=_expand(module) if origin.derived else None,
     )
-    return layer.attend(origin.length, call)
+    with torch.no_grad():
+        out = origin.source.attend(origin.length, call)
+    if torch.is_grad_enabled() and query.requires_grad:
+        out = _NoGradient.apply(out, query)
+    return out
+
+
+class _NoGradient(torch.autograd.Function):
+    """Keys and values are stored without their graph: a gradient through them would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise UnsupportedAttention(
+            "a gradient was asked for through a head-wise cache, which stores keys and values "
+            "without their graph; call the model with use_cache=False, or in model.train() mode"
+        )
 
 
 def _expand(module: nn.Module) -> Expand:
@@ -190,6 +207,12 @@ def _recipe(
     if isinstance(mask, LazyMask):
         recipe = mask.recipe
     elif mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise UnsupportedAttention(
+                f"{_where(module)} is given a mask {list(mask.shape)} of type {mask.dtype}, which "
+                "may mean either of two things; pass a bool mask (True is visible) or one of "
+                "floats that is added to the scores"
+            )
         recipe = Given(mask)
     else:
         if is_causal is None:

@@ -29,6 +29,7 @@ from typing_extensions import Unpack
 from headinfer.budget import MemoryBudget
 from headinfer.errors import CacheStateError, InputError
 from headinfer.geometry import Geometry
+from headinfer.hf.attention import register
 from headinfer.hf.geometry import geometry_of, layers_seen, resolve_budget
 from headinfer.hf.handles import KVHandle, Origin
 from headinfer.plan import Options, Plan, make_plan
@@ -36,6 +37,9 @@ from headinfer.runner import Query, Runner, RunnerSettings, Stats
 from headinfer.transfer import TransferEngine
 
 EngineFactory = Callable[[torch.device], TransferEngine]
+
+# With the cache at hand, model.set_attn_implementation("headinfer") has to work.
+register()
 
 
 class CacheOptions(TypedDict, total=False):
@@ -246,10 +250,7 @@ class HeadLayer(CacheLayerMixin):
         self._reorder([row for row in range(self._batch()) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = torch.as_tensor(indices)
-        if chosen.dtype == torch.bool:
-            chosen = chosen.nonzero().flatten()
-        self._reorder(chosen.tolist())
+        self._reorder(_row_numbers(indices))
 
     def _batch(self) -> int:
         runner = self.backing.runner
@@ -317,9 +318,19 @@ class HybridHeadLayer(LinearAttentionLayer, HeadLayer):
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         HeadLayer.reorder_cache(self, beam_idx)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._keep_rows([row for row in range(self._batch()) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._keep_rows(_row_numbers(indices))
+
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
         HeadLayer.crop(self, tokens_to_remove)
+
+    def _keep_rows(self, rows: Sequence[int]) -> None:
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(rows))
+        self._reorder(rows)
 
 
 class HeadCache(DynamicCache):
@@ -346,9 +357,6 @@ class HeadCache(DynamicCache):
         engine: EngineFactory | None = None,
         **options: Unpack[CacheOptions],
     ) -> None:
-        from headinfer.hf.attention import register
-
-        register()
         super().__init__(config=config)
         text = None if config is None else config.get_text_config(decoder=True)
         geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
@@ -408,6 +416,13 @@ class HeadCache(DynamicCache):
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
+
+
+def _row_numbers(indices: Tensor) -> list[int]:
+    chosen = torch.as_tensor(indices)
+    if chosen.dtype == torch.bool:
+        chosen = chosen.nonzero().flatten()
+    return [int(row) for row in chosen.tolist()]
 
 
 class _LayerFactory:

@@ -33,14 +33,16 @@ def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
         UnsupportedModel: the config lacks a size that is needed.
     """
     text = config.get_text_config(decoder=True)
-    layers = tuple(_layer(layer, text) for layer in DynamicCache(config=config).layers)
+    stock = DynamicCache(config=config).layers
+    configs = _layer_configs(text, len(stock))
+    layers = tuple(_layer(layer, own) for layer, own in zip(stock, configs, strict=True))
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     return Geometry(
         layers=layers,
         itemsize=itemsize,
         hidden_size=_hidden_size(text),
-        intermediate_size=_intermediate_size(text),
+        intermediate_size=max(map(_intermediate_size, configs), default=0),
         vocab_size=int(getattr(text, "vocab_size", 0) or 0),
         weight_bytes=weight_bytes,
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
@@ -78,6 +80,12 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
         mine = torch.cuda.memory_reserved(device)
         gpu = int((free + mine) * GPU_SHARE)
     return replace(options, budget=MemoryBudget(gpu_bytes=gpu, host_bytes=host))
+
+
+def _layer_configs(text: PreTrainedConfig, count: int) -> list[PreTrainedConfig]:
+    """A config per layer: some models (Gemma 4) have layers of different shapes."""
+    configs = list(getattr(text, "per_layer_config", None) or [])
+    return configs if len(configs) == count else [text] * count
 
 
 def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from headinfer.attention.masks import MaskRecipe
 from headinfer.errors import HandleError
+from headinfer.runner import Query
 
 _aten = torch.ops.aten
 _ALIASES = {
@@ -39,6 +40,10 @@ class KVSource(Protocol):
 
     def gather(self, length: int, *, values: bool) -> Tensor:
         """The keys or values themselves, on the compute device."""
+        ...
+
+    def attend(self, length: int, query: Query) -> Tensor:
+        """Attention over the first `length` tokens, [b, t, h, d]."""
         ...
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headinfer.errors import BudgetTooSmall
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, aligned, span_tokens, tiles
 
 
@@ -55,7 +56,7 @@ def test_short_contexts_share_tiles_and_long_ones_are_cut_by_head(length, token_
 
 
 def test_a_slot_that_holds_no_token_is_refused():
-    with pytest.raises(ValueError, match="cannot hold a token of 513 B"):
+    with pytest.raises(BudgetTooSmall, match=r"cannot hold one token of 513 B.*tile_bytes to 513"):
         span_tokens(512, 513)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from headinfer.errors import BudgetTooSmall
+
 BLOCK_TOKENS = 128
 """Tokens written back together; younger ones wait in the layer's tail on the compute device."""
 
@@ -79,11 +81,17 @@ def span_tokens(slot_bytes: int, token_bytes: int, *, block_tokens: int = BLOCK_
         block_tokens: write-back block.
 
     Raises:
-        ValueError: not even one token fits.
+        BudgetTooSmall: not even one token fits; names the smallest slot that works.
     """
     tokens = slot_bytes // token_bytes
     if tokens < 1:
-        raise ValueError(f"a staging slot of {slot_bytes} B cannot hold a token of {token_bytes} B")
+        raise BudgetTooSmall(
+            f"a staging slot of {slot_bytes} B cannot hold one token of {token_bytes} B (keys and "
+            f"values of one head, all batch rows); set tile_bytes to {token_bytes} or more",
+            tier="gpu",
+            budget_bytes=slot_bytes,
+            needed_bytes=token_bytes,
+        )
     return tokens if tokens < block_tokens else tokens // block_tokens * block_tokens
 
 

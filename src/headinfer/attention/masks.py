@@ -141,6 +141,19 @@ class Given:
         yield Block(rows, (keys[0], stop), bias=part)
 
 
+class Rows:
+    """Another recipe seen from its row `start` on."""
+
+    def __init__(self, recipe: MaskRecipe, start: int) -> None:
+        self._recipe = recipe
+        self._start = start
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        start = self._start
+        for block in self._recipe.blocks((rows[0] + start, rows[1] + start), keys):
+            yield block._replace(rows=(block.rows[0] - start, block.rows[1] - start))
+
+
 class Biased:
     """Another recipe with a position bias [b or 1, h, t, s] added to the scores."""
 

@@ -157,7 +157,7 @@ class Session:
     @property
     def materializes(self) -> bool:
         """The model's own attention runs on whole layers copied to the device."""
-        return self._options.on_unsupported == "materialize" and not _uses_headinfer(self.model)
+        return self._options.on_unsupported == "materialize"
 
     def new_cache(self) -> HeadCache:
         """An empty cache with this session's options, to be passed as `past_key_values`."""
@@ -191,7 +191,8 @@ class Session:
         self.close()
 
     def _enter(self) -> None:
-        if self._options.on_unsupported == "error" or self.model._can_set_attn_implementation():
+        # Materializing hands whole layers to the model's own attention, which stays as it is.
+        if self._options.on_unsupported == "error":
             self.model.set_attn_implementation(NAME)
         if self._generation is not None:
             self._generation.prefill_chunk_size = self._chunk_tokens()
@@ -340,11 +341,6 @@ def _lengths(kwargs: dict[str, Any]) -> tuple[int, int]:
 def _decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
     config: PreTrainedConfig = model.config
     return config
-
-
-def _uses_headinfer(model: PreTrainedModel) -> bool:
-    text = model.config.get_text_config(decoder=True)
-    return bool(text._attn_implementation == NAME)
 
 
 def _attention_in_use(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str | None]]:

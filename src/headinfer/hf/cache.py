@@ -295,7 +295,9 @@ class HybridHeadLayer(LinearAttentionLayer, HeadLayer):
 
     def __init__(self, backing: Backing, index: int, number_of_states: int = 1) -> None:
         HeadLayer.__init__(self, backing, index)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        # transformers before 5.13 keeps one state and takes no count.
+        count = {"number_of_states": number_of_states} if number_of_states > 1 else {}
+        LinearAttentionLayer.__init__(self, **count)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # Attention passes two positional tensors, linear attention its states by keyword.
@@ -368,7 +370,8 @@ class HeadCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[index] = HeadLayer(self.backing, index)
             elif type(layer) is LinearAttentionAndFullAttentionLayer:
-                count = len(layer.conv_states) if hasattr(layer, "conv_states") else 1
+                states = getattr(layer, "conv_states", None)
+                count = len(states) if isinstance(states, (list, tuple, dict)) else 1
                 self.layers[index] = HybridHeadLayer(self.backing, index, max(count, 1))
 
     @property

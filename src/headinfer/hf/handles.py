@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from headinfer.attention.masks import MaskRecipe
+from headinfer.attention.masks import MaskRecipe, Rows
 from headinfer.errors import HandleError
 from headinfer.runner import Query
 
@@ -157,11 +157,35 @@ class LazyMask(torch.Tensor):
         if _keeps_handle(func, args, kwargs):
             device = kwargs.get("device") or args[0].device
             return LazyMask(args[0].shape, torch.device(device), args[0].recipe, args[0].make)
+        if func is _aten.slice.Tensor and not kwargs:
+            rows = _sliced_rows(*args)
+            if rows is not None:
+                return rows
         raise HandleError(
             f"model code applied {func} to an attention mask that headinfer keeps as a recipe: "
             "this model edits its masks, so it cannot run with attn_implementation='headinfer'. "
             "Use attn_implementation='eager' and on_unsupported='materialize'"
         )
+
+
+def _sliced_rows(
+    mask: LazyMask,
+    dim: int = 0,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int = 1,
+) -> LazyMask | None:
+    """`mask` with some of its query rows; None for any other slice that is not the whole."""
+    first, last, stride = slice(start, stop, step).indices(mask.shape[dim])
+    if stride != 1:
+        return None
+    if (first, last) == (0, mask.shape[dim]):
+        return LazyMask(mask.shape, mask.device, mask.recipe, mask.make)
+    if dim % 4 != 2 or first >= last:
+        return None
+    shape = (*mask.shape[:2], last - first, mask.shape[3])
+    make = mask.make
+    return LazyMask(shape, mask.device, Rows(mask.recipe, first), lambda: make()[:, :, first:last])
 
 
 def _keeps_handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -57,7 +57,8 @@ class Causal:
         (r0, r1), (k0, k1) = rows, keys
         if r0 >= r1:
             return
-        past = min(k1, self.offset + r0)  # keys before these are seen by all rows
+        # Keys before these are seen by all rows; a single row's own key needs no causal kernel.
+        past = min(k1, self.offset + r0 + (1 if r1 - r0 == 1 else 0))
         if k0 < past:
             yield Block(rows, (k0, past))
         start = max(k0, past)

@@ -70,7 +70,7 @@ class PreparationBar:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[bytes]}"),
             console=stderr,
             disable=not stderr.is_terminal,
@@ -89,6 +89,7 @@ class PreparationBar:
     def __call__(self, step: Step) -> None:
         if step.name != self._name:
             self._name = step.name
+            self._progress.reset(self._task)
             if not stderr.is_terminal:
                 print_note(step.name)
         counted = f"{format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"

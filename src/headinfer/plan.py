@@ -262,9 +262,10 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     if options.expected_tokens is not None and options.chunk_tokens is None:
         chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
     plan = _streaming_plan(geometry, options, batch, chunk)
-    fits = budget is None or plan.gpu_bytes <= budget
-    if not fits and options.chunk_tokens is None:
-        while chunk > LEAST_CHUNK_TOKENS and budget is not None and plan.gpu_bytes > budget:
+    insisted = _residents(geometry, options.resident_heads or 0)
+    extra = _resident_bytes(geometry, insisted, options.expected_tokens or 0, batch)
+    if budget is not None and options.chunk_tokens is None:
+        while chunk > LEAST_CHUNK_TOKENS and plan.gpu_bytes + extra > budget:
             chunk = max(chunk // 2, LEAST_CHUNK_TOKENS)
             plan = _streaming_plan(geometry, options, batch, chunk)
     if budget is not None and plan.gpu_bytes > budget:
@@ -344,8 +345,9 @@ def _with_residents(plan: Plan, options: Options) -> Plan:
                     raise BudgetTooSmall(
                         f"resident_heads={wanted} needs {format_bytes(whole)} for {tokens:,} "
                         f"tokens beside {format_bytes(plan.gpu_bytes)}; the GPU budget is "
-                        f"{format_bytes(budget)}. Raise it to "
-                        f"{format_bytes(plan.gpu_bytes + whole)}, or leave resident_heads out",
+                        f"{format_bytes(budget)}. Raise gpu_memory to "
+                        f"{plan.gpu_bytes + whole} bytes "
+                        f"({format_bytes(plan.gpu_bytes + whole)}), or leave resident_heads out",
                         tier="gpu",
                         budget_bytes=budget,
                         needed_bytes=plan.gpu_bytes + whole,

@@ -172,12 +172,19 @@ class Runner:
         if self._current is not None and self._current.offloaded is not None:
             self._current.offloaded.forget_recent()
         self._current = layer
-        for heads in layer.ranges:
-            mine = slice(heads.heads.start, heads.heads.stop)
-            if isinstance(heads, DirectHeads):
-                heads.append(k[:, mine], v[:, mine])
-            else:
-                heads.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+        before = layer.length
+        try:
+            for heads in layer.ranges:
+                mine = slice(heads.heads.start, heads.heads.stop)
+                if isinstance(heads, DirectHeads):
+                    heads.append(k[:, mine], v[:, mine])
+                else:
+                    heads.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+        except BaseException:
+            for heads in layer.ranges:  # all ranges hold the same tokens, or none is right
+                if heads.store.length > before:
+                    heads.crop(before)
+            raise
         return layer.length
 
     def attend(self, index: int, length: int, query: Query) -> Tensor:

@@ -83,7 +83,7 @@ def build() -> Build:
             model = getattr(transformers, model_class)._from_config(
                 made, attn_implementation=attention
             )
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = arguments["eos_token_id"]
             model.generation_config.pad_token_id = 0
         return model.float().eval()

@@ -461,3 +461,16 @@ def test_attaching_twice_is_an_error(llama: PreTrainedModel, options: dict[str, 
             headinfer.doctor(llama)
     with headinfer.attach(llama, **options):
         pass
+
+
+def test_a_model_without_a_head_is_attached_too(
+    llama: PreTrainedModel, ids: Any, options: dict[str, Any]
+) -> None:
+    body = llama.model
+    with torch.no_grad():
+        expected = body(ids()).last_hidden_state
+        with headinfer.attach(body, **options) as run:
+            found = body(ids()).last_hidden_state
+            assert run.cache is not None
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert body.config._attn_implementation == "eager"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from headinfer.budget import format_bytes
 from headinfer.errors import InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.attention import NAME, register
-from headinfer.hf.cache import CacheOptions, HeadCache, options_from
+from headinfer.hf.cache import CacheOptions, HeadCache, has_states, options_from
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.prefill import prefill_of
 from headinfer.hf.preflight import preflight
@@ -131,7 +132,7 @@ class Session:
         if self._options.expected_tokens is not None:
             self._first_plan = self._make_plan(batch=1)
         self._attention = _attention_in_use(model)
-        self._generation = model.generation_config
+        self._generation = getattr(model, "generation_config", None)
         self._chunk = getattr(self._generation, "prefill_chunk_size", None)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
@@ -215,7 +216,7 @@ class Session:
         device = self.model.device
         weights = weight_bytes_of(self.model, device)
         geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights)
-        return geometry
+        return replace(geometry, itemsize=self.model.dtype.itemsize)
 
     def _make_plan(self, batch: int) -> Plan:
         options = resolve_budget(self._options, self.model.device)
@@ -312,13 +313,7 @@ def _positional_names(model: nn.Module) -> list[str]:
 def _is_fresh(cache: Any) -> bool:
     if type(cache) is not DynamicCache or cache.offloading or _length(cache):
         return False
-    return not any(_has_states(layer) for layer in cache.layers)
-
-
-def _has_states(layer: Any) -> bool:
-    """Whether a linear-attention layer has seen tokens."""
-    found = getattr(layer, "has_previous_state", False)
-    return any(found.values()) if isinstance(found, dict) else bool(found)
+    return not any(has_states(layer) for layer in cache.layers)
 
 
 def _length(cache: Any) -> int:

@@ -8,7 +8,9 @@ honoured or refused by name: an unknown one may change the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRecipe
+from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRecipe, PaddedCausal
 from headinfer.errors import HandleError, UnsupportedAttention
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import register_mask
 from headinfer.runner import Expand, Query, attend_in_memory
+
+_log = logging.getLogger(__name__)
 
 NAME = "headinfer"
 
@@ -97,7 +101,9 @@ def headinfer_attention(
         recipe = _recipe(module, query, attention_mask, is_causal, position_bias)
         out = _stream(module, query, key, value, scale, recipe, softcap, sink)
         return out, None
-    if softcap is None and sink is None:
+    _notice_resident(module, query, key, attention_mask)
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None and sink is None and groups == getattr(module, "num_key_value_groups", 1):
         plain, causal = _plain_mask(attention_mask, query, key, is_causal)
         if not isinstance(plain, LazyMask):
             out, _ = sdpa_attention_forward(
@@ -127,6 +133,22 @@ def register() -> None:
     """Make attention and mask function known to transformers; idempotent."""
     AttentionInterface.register(NAME, headinfer_attention)
     register_mask(NAME)
+
+
+def _notice_resident(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Say once when a layer that sees everything attends keys that another cache holds."""
+    if isinstance(mask, LazyMask) and isinstance(mask.recipe, (Causal, PaddedCausal)):
+        if key.shape[2] > query.shape[2]:
+            _say_resident(type(module).__name__)
+
+
+@lru_cache(maxsize=64)
+def _say_resident(module: str) -> None:
+    _log.warning(
+        "%s runs with attn_implementation='headinfer', but its cache is not head-wise: nothing is "
+        "offloaded. Use headinfer.attach(model), or pass past_key_values=HeadCache(model.config)",
+        module,
+    )
 
 
 def _stream(
@@ -162,7 +184,7 @@ def _stream(
     with torch.no_grad():
         out = origin.source.attend(origin.length, call)
     if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoGradient.apply(out, query)
+        out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     return out
 
 

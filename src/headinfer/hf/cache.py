@@ -201,7 +201,8 @@ class HeadLayer(CacheLayerMixin):
 
     def attend(self, length: int, query: Query) -> Tensor:
         """Attention over the first `length` tokens, [b, t, h, d]."""
-        return self._runner().attend(self.index, length, query)
+        with _lasting():  # staging slots are written to in every pass
+            return self._runner().attend(self.index, length, query)
 
     def gather(self, length: int, *, values: bool) -> Tensor:
         """Keys or values [b, h, t, d] of the first `length` tokens, on the compute device."""
@@ -394,12 +395,29 @@ class HeadCache(DynamicCache):
 
         Returns:
             The length kept.
+
+        Raises:
+            CacheStateError: a layer forgets what it would have to go back to (a window that is
+                full, recurrent states): `reset` the cache and prefill again.
         """
-        lengths = [layer.length for layer in self.head_layers]
+        layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        lengths = [int(layer.get_seq_length()) for layer in layers]
         keep = min(lengths, default=0)
-        for layer in self.head_layers:
-            if layer.length > keep:
-                layer.crop(keep - layer.length)
+        for index, layer in enumerate(self.layers):
+            if has_states(layer):
+                raise CacheStateError(
+                    f"layer {index} ({type(layer).__name__}) has states that cannot go back to an "
+                    "earlier token; call reset() and prefill again"
+                )
+        for index, (layer, length) in enumerate(zip(layers, lengths, strict=True)):
+            if length > keep and layer.is_sliding and not _within_window(layer, length):
+                raise CacheStateError(
+                    f"layer {index} ({type(layer).__name__}) has dropped the tokens of its window "
+                    f"that going back from {length} to {keep} needs; call reset() and prefill again"
+                )
+        for layer, length in zip(layers, lengths, strict=True):
+            if length > keep:
+                layer.crop(keep - length)
         return keep
 
     def close(self) -> None:
@@ -419,6 +437,16 @@ class HeadCache(DynamicCache):
         for name, value in self.__dict__.items():
             twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a layer has linear-attention states of tokens seen."""
+    found = getattr(layer, "has_previous_state", False)
+    return any(found.values()) if isinstance(found, dict) else bool(found)
+
+
+def _within_window(layer: Any, length: int) -> bool:
+    return length < layer.sliding_window or bool(getattr(layer, "record_past", False))
 
 
 def _row_numbers(indices: Tensor) -> list[int]:

@@ -235,9 +235,11 @@ def _versions() -> dict[str, str]:
 def _devices() -> list[str]:
     memory = psutil.virtual_memory()
     lines = [
-        (f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total)}, "
-        f"{format_bytes(memory.available)} available")
+        (
+            f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total)}, "
+            f"{format_bytes(memory.available)} available"
+        )
     ]
     if not torch.cuda.is_available():
         lines.append("GPU: none that torch can use")

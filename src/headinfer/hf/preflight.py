@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -20,6 +21,11 @@ _log = logging.getLogger(__name__)
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary frequencies that depend on the length seen so far: transformers' own chunked prefill
 then differs from a prefill in one go, with any cache."""
+
+STATELESS_SCANS = ("jamba", "bamba")
+"""Seen with transformers 5.23, whose fallback starts every chunk from an empty state."""
+
+ONE_GO = "give chunk_tokens >= the prompt length to prefill in one go"
 
 STREAMABLE = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
@@ -47,7 +53,12 @@ def preflight(model: PreTrainedModel, options: Options) -> list[str]:
                 "reads all keys and masks itself. It cannot be streamed head by head; use a stock "
                 "cache"
             )
-    warnings = _warnings(config, text, name)
+    if not _takes_cache(model):
+        raise UnsupportedModel(
+            f"{name} takes no cache (its forward has no past_key_values), so there are no keys and "
+            "values to keep elsewhere; run it without headinfer"
+        )
+    warnings = [*_warnings(config, text, name), *_chunk_warnings(model, name)]
     for warning in warnings:
         _log.warning("%s", warning)
     return warnings
@@ -68,9 +79,43 @@ def _warnings(config: PreTrainedConfig, text: PreTrainedConfig, name: str) -> li
         found.append(
             f"{name} scales its rotary positions by the length seen so far ({', '.join(rope)}): "
             "prefill in chunks gives other results than in one go beyond the original length, with "
-            "any cache; give chunk_tokens >= the prompt length to prefill in one go"
+            f"any cache; {ONE_GO}"
+        )
+    if "longrope" in rope:
+        found.append(
+            f"{name} computes the whole prompt again, in one go, when its length passes the "
+            "original one while tokens are generated: activations then grow with the prompt"
         )
     return found
+
+
+def _chunk_warnings(model: PreTrainedModel, name: str) -> list[str]:
+    """Models whose prefill in chunks is not the one in one go, in transformers itself."""
+    found = []
+    if _masks_by_token_type(model):
+        found.append(
+            f"{name} attends blocks of tokens (an image, a prefix) in both directions: a chunk "
+            f"border inside a block changes the result, with any cache; {ONE_GO}"
+        )
+    if model.config.model_type in STATELESS_SCANS:
+        found.append(
+            f"{name}: where its own kernels are not installed, transformers' scan does not go on "
+            f"from the state of the chunk before, with any cache; {ONE_GO}"
+        )
+    return found
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    forwards = (model.forward, model.base_model.forward)
+    return any("past_key_values" in signature(forward).parameters for forward in forwards)
+
+
+def _masks_by_token_type(model: PreTrainedModel) -> bool:
+    """A model says so by the arguments of its own function that makes masks for generate()."""
+    make = getattr(type(model), "create_masks_for_generate", None)
+    if make is None:
+        return False
+    return any(argument.endswith("token_type_ids") for argument in signature(make).parameters)
 
 
 def _index_fields(text: PreTrainedConfig) -> list[str]:

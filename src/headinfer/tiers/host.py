@@ -15,6 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from headinfer.budget import format_bytes
 from headinfer.errors import TierClosed, TierFull
 from headinfer.layout import Extent, aligned
 from headinfer.tiers.arena import bytes_as
@@ -47,7 +48,7 @@ class HostTier:
             raise TierClosed(f"the {self.name} tier is closed")
         size = aligned(nbytes)
         if self.budget_bytes is not None and self.used_bytes + size > self.budget_bytes:
-            raise self._full(size, f"of {self.budget_bytes / 2**30:.2f} GiB allowed")
+            raise self._full(size, f"of {format_bytes(self.budget_bytes)} allowed")
         try:
             mapping = _Mapping(size)
         except (OSError, ValueError) as error:
@@ -82,10 +83,11 @@ class HostTier:
         self._closed = True
 
     def _full(self, size: int, why: str) -> TierFull:
+        needed = self.used_bytes + size
         return TierFull(
-            f"keys and values need {size / 2**30:.2f} GiB more host memory: "
-            f"{self.used_bytes / 2**30:.2f} GiB are used {why}; raise host_memory to "
-            f"{(self.used_bytes + size) / 2**30:.2f} GiB or more, or shorten the context",
+            f"keys and values need {format_bytes(size)} more host memory: "
+            f"{format_bytes(self.used_bytes)} are used {why}; raise host_memory to {needed} bytes "
+            f"({format_bytes(needed)}) or more, or shorten the context",
             tier=self.name,
             budget_bytes=self.budget_bytes or 0,
             used_bytes=self.used_bytes,

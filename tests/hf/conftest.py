@@ -171,11 +171,19 @@ def head_cache(options: dict[str, Any]) -> Callable[..., headinfer.HeadCache]:
 
 @pytest.fixture(scope="session")
 def dense() -> Callable[..., Tensor]:
-    """What a recipe's blocks add up to, [b, 1 or h, rows, keys] bool; no pair may come twice."""
+    """What a recipe's blocks add up to, bool [b, h, rows, keys]; no pair may come twice."""
 
-    def make(recipe: Any, rows: tuple[int, int], keys: tuple[int, int], batch: int = 1) -> Tensor:
+    def make(
+        recipe: Any,
+        rows: tuple[int, int],
+        keys: tuple[int, int],
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        most: int | None = None,
+    ) -> Tensor:
         shape = (rows[1] - rows[0], keys[1] - keys[0])
-        seen, count = torch.zeros(batch, 1, *shape, dtype=torch.bool), torch.zeros(shape)
+        seen, count = torch.zeros(batch, heads, *shape, dtype=torch.bool), torch.zeros(shape)
         for block in recipe.blocks(rows, keys):
             (r0, r1), (k0, k1) = block.rows, block.keys
             assert rows[0] <= r0 < r1 <= rows[1]
@@ -188,10 +196,12 @@ def dense() -> Callable[..., Tensor]:
                 assert block.bias is None
                 found = found.tril()
             if block.bias is not None:
-                bias = block.bias
-                found = bias if bias.dtype == torch.bool else bias > -torch.inf
+                assert most is None or block.bias.numel() <= most
+                found = block.bias
+                if found.dtype != torch.bool:
+                    found = found > -torch.inf
             seen[:, :, *here] |= found
-        assert count.max() <= 1 if count.numel() else True
+        assert not (count > 1).any()
         return seen
 
     return make

@@ -9,6 +9,7 @@ the call, keys from the first token of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import NamedTuple, Protocol
 
 import torch
@@ -109,21 +110,32 @@ class PaddedCausal:
 
     def _hidden(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
         for block in self._causal.blocks(rows, keys):
-            visible = self._padding.visible[:, None, None, block.keys[0] : block.keys[1]]
-            if not block.causal:
-                yield block._replace(bias=visible)
-                continue
-            yield from self._square(block, visible)
+            if block.causal:
+                yield from self._square(block)
+            else:
+                yield from self._columns(block.rows, block.keys)
 
-    def _square(self, block: Block, visible: Tensor) -> Iterator[Block]:
-        """A causal square as row slices of bounded bias."""
-        (r0, r1), (k0, k1) = block.rows, block.keys
-        step = max(1, MASK_ELEMENTS // ((k1 - k0) * visible.shape[0]))
-        index = torch.arange(k1 - k0, device=visible.device)
-        for start in range(0, r1 - r0, step):
-            stop = min(start + step, r1 - r0)
-            bias = visible[..., :stop] & (index[:stop] <= index[start:stop, None])
-            yield Block((r0 + start, r0 + stop), (k0, k0 + stop), bias=bias)
+    def _square(self, block: Block) -> Iterator[Block]:
+        """A causal square as slices of rows: what is left of the diagonal, then a small square."""
+        (r0, _), (k0, k1) = block.rows, block.keys
+        visible = self._padding.visible
+        side = max(1, isqrt(MASK_ELEMENTS // visible.shape[0]))
+        index = torch.arange(min(side, k1 - k0), device=visible.device)
+        lower = index <= index[:, None]
+        for start in range(0, k1 - k0, side):
+            size = min(side, k1 - k0 - start)
+            rows, here = (r0 + start, r0 + start + size), (k0 + start, k0 + start + size)
+            yield from self._columns(rows, (k0, here[0]))
+            seen = visible[:, None, None, slice(*here)]
+            yield Block(rows, here, bias=seen & lower[:size, :size])
+
+    def _columns(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        """Keys that differ by sequence only, not by row."""
+        visible = self._padding.visible
+        step = max(1, MASK_ELEMENTS // visible.shape[0])
+        for start in range(*keys, step):
+            stop = min(start + step, keys[1])
+            yield Block(rows, (start, stop), bias=visible[:, None, None, start:stop])
 
 
 class Given:

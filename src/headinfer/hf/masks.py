@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -83,9 +84,9 @@ class FunctionRecipe:
     def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
         if rows[0] >= rows[1] or keys[0] >= keys[1]:
             return
-        side = max(1, int((MASK_ELEMENTS // self._pattern.batch) ** 0.5))
-        row_step = min(rows[1] - rows[0], max(side, MASK_ELEMENTS // (keys[1] - keys[0])))
-        key_step = max(1, MASK_ELEMENTS // (self._pattern.batch * row_step))
+        most = max(1, MASK_ELEMENTS // self._pattern.batch)
+        row_step = min(rows[1] - rows[0], max(isqrt(most), most // (keys[1] - keys[0])))
+        key_step = most // row_step
         for r0 in range(rows[0], rows[1], row_step):
             for k0 in range(keys[0], keys[1], key_step):
                 part = (r0, min(r0 + row_step, rows[1])), (k0, min(k0 + key_step, keys[1]))

@@ -27,7 +27,7 @@ Program = Any
         (("run", "{tiny}", "--prompt", "hi", "--max-new-tokens", "0"), 2, "--max-new-tokens"),
         (("run", "{tiny}", "--prompt", "hi", "--dtype", "int3"), 2, "float16"),
         (("run",), 2, "MODEL"),
-        (("rnu",), 2, "Did you mean 'run'?"),
+        (("rnu",), 2, "No such command 'rnu'"),
         (("run", "{tiny}", "--prompt", "hi", "--frobnicate"), 2, "--frobnicate"),
         (("plan", "{tiny}"), 2, "--tokens"),
         (("run", "/no/such/folder", "--prompt", "hi"), 1, "no folder or file /no/such/folder"),

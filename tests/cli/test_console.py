@@ -26,8 +26,9 @@ def test_a_prefill_counts_tokens_and_ends_with_the_prompt(screen: io.StringIO) -
         for past in (0, 100, 200):
             bar.on_event(ForwardStarted(past, 100))
             bar.on_event(ForwardFinished(past, 100, 0.01))
+        bar.on_event(ForwardStarted(300, 1))  # decoding: the bar is gone
         before = screen.getvalue()
-        bar.on_event(ForwardFinished(300, 1, 0.01))  # decoding: the bar is gone
+        bar.on_event(ForwardFinished(300, 1, 0.01))
         assert screen.getvalue() == before
     assert "300" in before
     assert "tokens" in before
@@ -62,3 +63,31 @@ def test_an_error_is_never_wrapped(screen: io.StringIO) -> None:
     console.print_error("x" * 300 + " [bold]not markup[/bold]")
     assert screen.getvalue().count("\n") == 1
     assert "[bold]" in screen.getvalue()
+
+
+def test_the_answer_follows_a_closed_bar(
+    screen: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = console.PrefillBar(10)
+    with bar, console.AnswerStream(bar, silent=False) as stream:
+        bar.on_event(ForwardFinished(0, 10, 0.01))
+        stream("one ")
+        before = screen.getvalue()
+        stream("two")
+    assert capsys.readouterr().out == "one two\n"
+    assert screen.getvalue() == before
+
+
+@pytest.mark.parametrize(("pieces", "left"), [((), ""), (("half",), "half\n")])
+def test_an_interrupted_answer_ends_its_line(
+    pieces: tuple[str, ...], left: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer() -> None:
+        with console.AnswerStream(console.PrefillBar(10), silent=False) as stream:
+            for piece in pieces:
+                stream(piece)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer()
+    assert capsys.readouterr().out == left

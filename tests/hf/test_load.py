@@ -83,6 +83,14 @@ def test_a_broken_folder_says_what_is_missing(folder: Path, tmp_path: Path) -> N
         load_model(str(tmp_path), device="cpu")
 
 
+def test_a_model_that_is_no_decoder_is_one_short_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(InputError, match="not a decoder that generates text") as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert len(str(caught.value)) < 400
+
+
 def test_two_gguf_files_in_a_folder_are_a_question(gguf_file: Path, tmp_path: Path) -> None:
     shutil.copy(gguf_file, tmp_path / "a.gguf")
     shutil.copy(gguf_file, tmp_path / "b.gguf")

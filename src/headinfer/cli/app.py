@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import headinfer
+from headinfer.cli import demo as story
 from headinfer.cli import options as opt
 from headinfer.cli import prose
 from headinfer.cli.job import Job, Memory
@@ -54,11 +55,8 @@ def demo(
         typer.Option(
             metavar="TEXT", help="What to ask about the story.", rich_help_panel=opt.PROMPT
         ),
-    ] = "Where was the cellar key hung?",
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Longest answer.", rich_help_panel=opt.GENERATION),
-    ] = 48,
+    ] = story.QUESTION,
+    max_new_tokens: opt.MaxNewTokens = 48,
     compare: Annotated[
         bool,
         typer.Option(
@@ -73,12 +71,10 @@ def demo(
     as_json: opt.AsJson = False,
 ) -> None:
     """Ask the embedded model about the story."""
-    from headinfer.cli import demo as run_demo
-
-    run_demo.demo(
+    story.demo(
         Job(
             model="demo",
-            text=run_demo.document(),
+            text=story.document(),
             question=question,
             max_new_tokens=max_new_tokens,
             memory=Memory(gpu_memory, host_memory),
@@ -93,116 +89,23 @@ def demo(
 @app.command(help=prose.RUN)
 def run(
     model: opt.Model,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text to read; - is standard input, also used when text is piped in.",
-            rich_help_panel=opt.PROMPT,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="The text itself.", rich_help_panel=opt.PROMPT),
-    ] = None,
-    question: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What to ask about the text.", rich_help_panel=opt.PROMPT
-        ),
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            help="Use the tokenizer's chat template, or feed the text as it is. Default: the "
-            "template if there is one.",
-            show_default=False,
-            rich_help_panel=opt.PROMPT,
-        ),
-    ] = None,
-    allow_beyond_positions: Annotated[
-        bool,
-        typer.Option(
-            "--allow-beyond-positions",
-            help="Go on when the text is longer than the model was made for.",
-            rich_help_panel=opt.PROMPT,
-        ),
-    ] = False,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, help="Longest answer.", rich_help_panel=opt.GENERATION),
-    ] = 256,
-    do_sample: Annotated[
-        bool,
-        typer.Option(
-            "--do-sample", help="Sample instead of greedy.", rich_help_panel=opt.GENERATION
-        ),
-    ] = False,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=1e-6,
-            help="Above 1 more varied, below 1 less.",
-            rich_help_panel=opt.GENERATION,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=0,
-            max=1,
-            help="Choose among the likeliest tokens that add up to this.",
-            rich_help_panel=opt.GENERATION,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Choose among this many of the likeliest tokens.",
-            rich_help_panel=opt.GENERATION,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Makes sampling repeatable.", rich_help_panel=opt.GENERATION
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Beam search; the answer then comes at once.",
-            rich_help_panel=opt.GENERATION,
-        ),
-    ] = 1,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=1e-6,
-            help="Above 1 discourages words that were there already.",
-            rich_help_panel=opt.GENERATION,
-        ),
-    ] = None,
+    prompt_file: opt.PromptFile = None,
+    prompt: opt.Prompt = None,
+    question: opt.Question = None,
+    chat: opt.Chat = None,
+    allow_beyond_positions: opt.AllowBeyondPositions = False,
+    max_new_tokens: opt.MaxNewTokens = 256,
+    do_sample: opt.DoSample = False,
+    temperature: opt.Temperature = None,
+    top_p: opt.TopP = None,
+    top_k: opt.TopK = None,
+    seed: opt.Seed = None,
+    num_beams: opt.NumBeams = 1,
+    repetition_penalty: opt.RepetitionPenalty = None,
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
-    on_unsupported: Annotated[
-        opt.OnUnsupported,
-        typer.Option(
-            metavar="|".join(opt.OnUnsupported),
-            help="A model that computes attention in code of its own: refuse it, or give it whole "
-            "layers, one at a time.",
-            rich_help_panel=opt.MEMORY,
-        ),
-    ] = opt.OnUnsupported.error,
+    on_unsupported: opt.OnUnsupportedOption = opt.OnUnsupported.error,
     device: opt.Device = None,
     dtype: opt.DtypeOption = None,
     trust_remote_code: opt.TrustRemoteCode = False,

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headinfer.budget import format_bytes
-from headinfer.progress import Event, ForwardFinished, PrefillClock
+from headinfer.progress import Event, ForwardStarted, PrefillClock
 
 if TYPE_CHECKING:
     from headinfer.hf.demo_model import Step
@@ -122,7 +122,8 @@ class _Remaining(ProgressColumn):
 class PrefillBar:
     """An observer that shows a prefill: tokens, rate, and an ETA that knows attention's cost.
 
-    It ends by itself with the prompt's last chunk, before the answer begins to stream.
+    It stays until decoding begins or somebody closes it: on a GPU the last chunk is still being
+    computed when its forward pass returns.
     """
 
     def __init__(self, total_tokens: int) -> None:
@@ -137,6 +138,7 @@ class PrefillBar:
             _Remaining(),
             console=stderr,
             disable=not stderr.is_terminal,
+            redirect_stdout=False,  # the answer goes there
         )
         self._task = self._progress.add_task(
             "", total=total_tokens, rate="", eta=None, at=self._started
@@ -150,10 +152,14 @@ class PrefillBar:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stop()
+        self.close()
 
     def on_event(self, event: Event) -> None:
-        if not self._open or not isinstance(event, ForwardFinished):
+        if not self._open:
+            return
+        if isinstance(event, ForwardStarted):
+            if event.past_tokens >= self._total:
+                self.close()
             return
         done, now = event.past_tokens + event.new_tokens, time.perf_counter()
         self._clock.observe(done, now - self._started)
@@ -164,15 +170,37 @@ class PrefillBar:
             eta=self._clock.eta_s(),
             at=now,
         )
-        if done >= self._total:
-            self._stop()
-            if not stderr.is_terminal:
-                print_note(f"read {done:,} tokens in {now - self._started:.1f} s")
 
-    def _stop(self) -> None:
-        if self._open:
-            self._open = False
-            self._progress.stop()
+    def close(self) -> None:
+        """Take the bar off the terminal's last line; elsewhere, sum up in one line."""
+        if not self._open:
+            return
+        self._open = False
+        self._progress.stop()
+        if not stderr.is_terminal and self._clock.done_tokens >= self._total:
+            seconds = time.perf_counter() - self._started
+            print_note(f"read {self._total:,} tokens in {seconds:.1f} s")
+
+
+class AnswerStream:
+    """Pieces of the answer to standard output, below a closed bar, and a line end after them."""
+
+    def __init__(self, bar: PrefillBar, *, silent: bool) -> None:
+        self._bar, self._silent, self._began = bar, silent, False
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # An answer may be empty; an error before the first piece leaves no line behind.
+        if not self._silent and (self._began or kind is None):
+            write_answer("\n")
+
+    def __call__(self, piece: str) -> None:
+        self._bar.close()
+        if not self._silent:
+            self._began = True
+            write_answer(piece)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

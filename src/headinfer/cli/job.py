@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from headinfer.cli.console import (
+    AnswerStream,
     PrefillBar,
     PreparationBar,
     print_note,
@@ -178,17 +179,15 @@ def _run_headwise(
     ):
         if session.plan is not None:
             print_note(str(session.plan))
-        with bar:
+        with bar, AnswerStream(bar, silent=job.as_json) as stream:
             answer = generate_text(
                 model,
                 tokenizer,
                 prompt,
                 max_new_tokens=job.max_new_tokens,
                 sampling=sampling,
-                on_text=None if job.as_json else write_answer,
+                on_text=stream,
             )
-        if not job.as_json:
-            write_answer("\n")
         plan = session.plan.as_dict() if session.plan is not None else {}
         stats = session.stats.as_dict()
     return plan, stats, Run(answer, peak.as_dict())

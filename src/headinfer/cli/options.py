@@ -117,3 +117,104 @@ AsJson = Annotated[
         "--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT
     ),
 ]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="UTF-8 text to read; - is standard input, also used when text is piped in.",
+        rich_help_panel=PROMPT,
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="The text itself.", rich_help_panel=PROMPT),
+]
+Question = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What to ask about the text.", rich_help_panel=PROMPT),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--raw",
+        help="Use the tokenizer's chat template, or feed the text as it is. Default: the "
+        "template if there is one.",
+        show_default=False,
+        rich_help_panel=PROMPT,
+    ),
+]
+AllowBeyondPositions = Annotated[
+    bool,
+    typer.Option(
+        "--allow-beyond-positions",
+        help="Go on when the text is longer than the model was made for.",
+        rich_help_panel=PROMPT,
+    ),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Longest answer.", rich_help_panel=GENERATION),
+]
+DoSample = Annotated[
+    bool,
+    typer.Option("--do-sample", help="Sample instead of greedy.", rich_help_panel=GENERATION),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        min=1e-6,
+        help="Above 1 more varied, below 1 less.",
+        rich_help_panel=GENERATION,
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        min=0,
+        max=1,
+        help="Choose among the likeliest tokens that add up to this.",
+        rich_help_panel=GENERATION,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Choose among this many of the likeliest tokens.",
+        rich_help_panel=GENERATION,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Makes sampling repeatable.", rich_help_panel=GENERATION),
+]
+NumBeams = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Beam search; the answer then comes at once.",
+        rich_help_panel=GENERATION,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        min=1e-6,
+        help="Above 1 discourages words that were there already.",
+        rich_help_panel=GENERATION,
+    ),
+]
+OnUnsupportedOption = Annotated[
+    OnUnsupported,
+    typer.Option(
+        metavar="|".join(OnUnsupported),
+        help="A model that computes attention in code of its own: refuse it, or give it whole "
+        "layers, one at a time.",
+        rich_help_panel=MEMORY,
+    ),
+]

@@ -232,6 +232,8 @@ def _reason(found: Source, error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         text = f"it has no {text}"
+    if text.startswith("Unrecognized configuration class"):  # and then every known one
+        text = "it is not a decoder that generates text (transformers' AutoModelForCausalLM)"
     if "trust_remote_code" in text:
         return (
             f"{found.name} brings its own Python code, which is not run unasked; read it, then use "

@@ -108,6 +108,17 @@ def test_everything_resident_when_it_fits():
     assert plan.host_bytes == 0
 
 
+def test_without_a_length_heads_start_resident_within_the_budget():
+    plan = make_plan(llama3_8b(), options(24 * GIB), device="cuda")
+    assert plan.offloaded_heads == 0
+    assert plan.gpu_bytes == 24 * GIB
+    assert plan.resident_bytes is not None
+    assert 0 < plan.resident_bytes < 9 * GIB
+    none = make_plan(llama3_8b(), options(24 * GIB, resident_heads=0), device="cuda")
+    assert none.offloaded_heads == 256
+    assert none.gpu_bytes < 18 * GIB
+
+
 def test_residents_are_spread_evenly():
     plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=131072), device="cuda")
     assert 0 < plan.offloaded_heads < 256

@@ -141,7 +141,11 @@ class DirectHeads:
         """Store k, v [b, h of the range, t, d]."""
         batch = k.shape[0]
         append = self.store.prepare_append(k.shape[2], batch=batch)
-        self._memory.allocate_all(append.new_segments)
+        try:
+            self._memory.allocate_all(append.new_segments)
+        except TierFull:
+            append = self.store.prepare_append(k.shape[2], batch=batch, spare=False)
+            self._memory.allocate_all(append.new_segments)
         for write in append.writes:
             _, stored_k, stored_v = self._memory.segments[write.key]
             there = slice(write.offset, write.offset + write.tokens)
@@ -171,9 +175,13 @@ class DirectHeads:
         for segment in self.store.segments:
             if segment.row_map is None or segment.filled > PERMUTE_TOKENS:
                 continue
-            extent, k, v = self._memory.segments.pop(segment.key)
+            held = extent, k, v = self._memory.segments.pop(segment.key)
             rows = torch.tensor(segment.row_map, device=k.device)
-            self._memory.allocate(segment.key, len(segment.row_map), segment.capacity)
+            try:
+                self._memory.allocate(segment.key, len(segment.row_map), segment.capacity)
+            except TierFull:  # no room to rewrite it: its rows stay mapped
+                self._memory.segments[segment.key] = held
+                continue
             _, new_k, new_v = self._memory.segments[segment.key]
             new_k[:, :, : segment.filled] = k[:, :, : segment.filled].index_select(1, rows)
             new_v[:, :, : segment.filled] = v[:, :, : segment.filled].index_select(1, rows)
@@ -473,3 +481,8 @@ def _clip(piece: Piece, length: int) -> Piece:
     if keep >= piece.k.shape[2]:
         return piece
     return Piece(piece.start, piece.k[:, :, :keep], piece.v[:, :, :keep])
+
+
+def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
+    mine = slice(group.start - heads.start, group.stop - heads.start)
+    return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])

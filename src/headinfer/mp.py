@@ -31,6 +31,7 @@ def mp_headinfer(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """
     if session_of(model) is None:
         attach(model, **options)
+    if _old_names not in model._forward_pre_hooks.values():
         # In front, so that it runs before the hook that reads the cache.
         model.register_forward_pre_hook(_old_names, with_kwargs=True, prepend=True)
     return model

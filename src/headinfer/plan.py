@@ -104,6 +104,8 @@ class Plan:
         num_slots: staging slots.
         write_bytes: size of each of two write-back buffers.
         resident_heads: per layer of the model, KV heads that stay on the GPU.
+        resident_bytes: GPU memory they may take; beyond it layers are demoted to host memory. None
+            for no limit.
         kv_format: name of the stored format.
         budget: what is allowed, resolved: None only where there is no limit.
         gpu_parts: predicted peak on the GPU, part by part, bytes.
@@ -120,6 +122,7 @@ class Plan:
     num_slots: int
     write_bytes: int
     resident_heads: tuple[int, ...]
+    resident_bytes: int | None
     kv_format: str
     budget: MemoryBudget
     gpu_parts: dict[str, int]
@@ -159,6 +162,7 @@ class Plan:
             "head_wise_layers": len(self.geometry.full_layers),
             "layers": len(self.geometry.layers),
             "resident_heads": list(self.resident_heads),
+            "resident_bytes": self.resident_bytes,
             "offloaded_heads": self.offloaded_heads,
             "kv_format": self.kv_format,
             "slot_bytes": self.slot_bytes,
@@ -245,6 +249,7 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             num_slots=num_slots,
             write_bytes=_write_bytes(geometry, chunk, batch) if staging else 0,
             resident_heads=_residents(geometry, options.resident_heads or 0),
+            resident_bytes=None,
             kv_format=options.kv_format,
             budget=options.budget,
             gpu_parts={},
@@ -308,6 +313,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         num_slots=num_slots,
         write_bytes=write_bytes,
         resident_heads=_residents(geometry, 0),
+        resident_bytes=None,
         kv_format=options.kv_format,
         budget=options.budget,
         gpu_parts={name: size for name, size in parts.items() if size},
@@ -319,18 +325,15 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
 def _with_residents(plan: Plan, options: Options) -> Plan:
     """Keep as many heads on the GPU as the budget has room for, spread evenly over layers."""
     geometry, tokens, budget = plan.geometry, plan.expected_tokens, plan.budget.gpu_bytes
-    if options.resident_heads is None and tokens is None:
-        reason = "no heads resident: the length is not known (expected_tokens says it)"
-        return replace(plan, reasons=(*plan.reasons, reason))
     wanted = options.resident_heads
-    if tokens is None or budget is None:
-        if wanted is None and budget is None:
-            wanted = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
-        residents = _residents(geometry, wanted or 0)
+    most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
+    if budget is None:
+        residents = _residents(geometry, most if wanted is None else wanted)
         size = _resident_bytes(geometry, residents, tokens or 0, plan.batch)
         return _resident_plan(plan, residents, size)
+    if tokens is None:
+        return _optimistic_plan(plan, _residents(geometry, most if wanted is None else wanted))
     room = budget - plan.gpu_bytes
-    most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
     residents, size = _residents(geometry, 0), 0
     for step in range(1, (most if wanted is None else min(wanted, most)) + 1):
         for index, layer in enumerate(geometry.layers):
@@ -355,6 +358,24 @@ def _with_residents(plan: Plan, options: Options) -> Plan:
                 return _resident_plan(plan, residents, size)
             residents, size = tuple(more), larger
     return _resident_plan(plan, residents, size)
+
+
+def _optimistic_plan(plan: Plan, residents: tuple[int, ...]) -> Plan:
+    """The length is not known: start on the GPU, and leave it layer by layer when it is full."""
+    room = max((plan.budget.gpu_bytes or 0) - plan.gpu_bytes, 0)
+    if not room or not any(residents):
+        return replace(plan, resident_bytes=0)
+    reason = (
+        f"the length is not known: {sum(residents)} KV heads start on the GPU, and layers move to "
+        f"host memory once {format_bytes(room)} are used"
+    )
+    return replace(
+        plan,
+        resident_heads=residents,
+        resident_bytes=room,
+        gpu_parts={**plan.gpu_parts, "resident heads, at most": room},
+        reasons=(*plan.reasons, reason),
+    )
 
 
 def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:

@@ -7,22 +7,23 @@ and masks by recipe; no model classes, no sampling, no file formats.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO, attend
-from headinfer.attention.masks import MaskRecipe
-from headinfer.attention.merge import add_sink, identity, merge_all, merge_into
-from headinfer.attention.types import Partial
-from headinfer.errors import CacheStateError, HeadInferError
+from headinfer.attention.api import AUTO
+from headinfer.errors import CacheStateError, HeadInferError, TierFull
 from headinfer.formats import format_named
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, WriteBuffers
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, WriteBuffers, of_group
 from headinfer.layout import HeadGroup, Tile, aligned, tiles
+from headinfer.schedule import Schedule
 from headinfer.tiers import DeviceTier, HostTier
+from headinfer.totals import Query, Total
 from headinfer.transfer import (
     Copy,
     CudaEngine,
@@ -35,11 +36,6 @@ from headinfer.transfer import (
 TOGETHER_BYTES = 8 * 2**20
 """Outputs up to this size attend the newest tokens of all head groups in one call."""
 
-EXPAND_BYTES = 64 * 2**20
-"""Latent keys and values are expanded this much at a time."""
-
-Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True, slots=True)
 class RunnerSettings:
@@ -50,7 +46,9 @@ class RunnerSettings:
         slot_bytes: size of one staging slot.
         num_slots: slots in the ring.
         write_bytes: size of each of the two write-back buffers.
-        resident_heads: per layer, the KV heads that never leave the compute device.
+        resident_heads: per layer, the KV heads that stay on the compute device.
+        resident_bytes: what they may take there; a layer that no longer fits is demoted. None for
+            no limit.
         expected_tokens: length the sequence will reach, if known: memory is then exact.
         host_bytes: host budget, None for no limit of our own.
         kv_format: how offloaded keys and values are stored.
@@ -63,6 +61,7 @@ class RunnerSettings:
     num_slots: int
     write_bytes: int
     resident_heads: tuple[int, ...] = ()
+    resident_bytes: int | None = None
     expected_tokens: int | None = None
     host_bytes: int | None = None
     kv_format: str = "exact"
@@ -88,37 +87,20 @@ class Layer:
         return self.ranges[0].store.batch
 
     @property
-    def offloaded(self) -> OffloadedHeads | None:
-        last = self.ranges[-1]
-        return last if isinstance(last, OffloadedHeads) else None
+    def offloaded(self) -> list[OffloadedHeads]:
+        return [heads for heads in self.ranges if isinstance(heads, OffloadedHeads)]
 
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One attention call against a layer.
-
-    Attributes:
-        q: [b, h * q_per_kv, t, d].
-        scale: factor on q k^T.
-        recipe: which keys each row sees.
-        softcap: see `AttentionImpl`.
-        sink: [h * q_per_kv] logits with zero value, or None.
-        expand: turns stored latents [b, 1, t, r] into keys and values of every query head.
-        value_dim: width of the output.
-    """
-
-    q: Tensor
-    scale: float
-    recipe: MaskRecipe
-    value_dim: int
-    softcap: float | None = None
-    sink: Tensor | None = None
-    expand: Expand | None = None
+    def offloaded_with(self, group: HeadGroup) -> OffloadedHeads:
+        """The offloaded range that `group` is part of."""
+        for heads in self.offloaded:
+            if heads.heads.start <= group.start and group.stop <= heads.heads.stop:
+                return heads
+        raise CacheStateError(f"layer {self.index} has no offloaded heads {group}")
 
 
 @dataclass(slots=True)
 class Stats:
-    """What a runner did and holds, in bytes."""
+    """What a runner did and holds: bytes unless the name says tiles or heads."""
 
     host_bytes: int = 0
     resident_bytes: int = 0
@@ -128,6 +110,7 @@ class Stats:
     loaded_tiles: int = 0
     dropped_tiles: int = 0
     written_bytes: int = 0
+    demoted_heads: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -154,38 +137,67 @@ class Runner:
         self._device_tiers: dict[torch.device, DeviceTier] = {}
         self._rings: dict[torch.device, StagingRing] = {}
         self._buffers: dict[torch.device, WriteBuffers] = {}
-        self._schedule = _Schedule(self._tiles_of_layer)
+        self._schedule = Schedule(_weakly(self._tiles_of_layer))
         self._current: Layer | None = None
+        self.demoted_heads = 0
 
     def append(self, index: int, k: Tensor, v: Tensor) -> int:
         """Store k [b, h, t, d], v [b, h, t, e] of layer `index`; returns its new length.
 
+        Resident heads that no longer fit on the compute device are demoted first.
+
         Raises:
             CacheStateError: shapes, type or batch differ from what the layer holds.
-            TierFull: a budget is used up; the layer is unchanged.
+            TierFull: a budget is used up; the layer holds what it held.
         """
         k, v = k.detach(), v.detach()
         layer = self.layers.get(index)
         if layer is None:
             layer = self.layers[index] = self._new_layer(index, k, v)
         _check(layer, k, v)
-        if self._current is not None and self._current.offloaded is not None:
-            self._current.offloaded.forget_recent()
+        self._forget_recent()
         self._current = layer
         before = layer.length
         try:
-            for heads in layer.ranges:
-                mine = slice(heads.heads.start, heads.heads.stop)
-                if isinstance(heads, DirectHeads):
-                    heads.append(k[:, mine], v[:, mine])
-                else:
-                    heads.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+            for place in range(len(layer.ranges)):
+                self._append_to(layer, place, k, v)
         except BaseException:
             for heads in layer.ranges:  # all ranges hold the same tokens, or none is right
                 if heads.store.length > before:
                     heads.crop(before)
             raise
         return layer.length
+
+    def _append_to(self, layer: Layer, place: int, k: Tensor, v: Tensor) -> None:
+        heads = layer.ranges[place]
+        mine = slice(heads.heads.start, heads.heads.stop)
+        if isinstance(heads, OffloadedHeads):
+            heads.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+            return
+        try:
+            heads.append(k[:, mine], v[:, mine])
+        except TierFull as full:
+            if full.tier != DeviceTier.name:
+                raise
+            below = self._demote(layer, place, heads)
+            below.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+
+    def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
+        """Resident heads go to host memory, and stay there; takes as long as copying them."""
+        below = self._offloaded(layer.shape, layer.device, heads.heads)
+        try:
+            for piece in heads.pieces(heads.store.length):
+                below.append(piece.k, piece.v, self._buffers[layer.device])
+                below.forget_recent()
+        except BaseException:
+            below.clear()
+            raise
+        heads.clear()
+        layer.ranges[place] = below
+        self.demoted_heads += heads.heads.heads
+        # Tiles staged ahead were listed without these heads.
+        self._settle_ring()
+        return below
 
     def attend(self, index: int, length: int, query: Query) -> Tensor:
         """Attention of `query` over the first `length` tokens of layer `index`, [b, t, h, d].
@@ -198,15 +210,20 @@ class Runner:
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
+        wanted: deque[Tile] = deque()
+        for below in layer.offloaded:
+            wanted.extend(self._tiles(layer, below, below.prefix(length)))
+        if layer.offloaded:
+            self._schedule.reached(index)
         for heads in layer.ranges:
             if isinstance(heads, DirectHeads):
                 mine = _query_heads(layer, query, heads.heads)
-                total = _Total(query, q, mine, self._impl, collect=False)
+                total = Total(query, q, mine, self._impl, collect=False)
                 for piece in heads.pieces(length):
                     total.add(piece)
                 total.finish(out)
             else:
-                self._attend_offloaded(layer, heads, length, query, q, out)
+                self._attend_offloaded(layer, heads, length, wanted, query, q, out)
         return out
 
     def _attend_offloaded(
@@ -214,28 +231,30 @@ class Runner:
         layer: Layer,
         heads: OffloadedHeads,
         length: int,
+        wanted: deque[Tile],
         query: Query,
         q: Tensor,
         out: Tensor,
     ) -> None:
+        """The loop: `wanted` are the layer's tiles in order, those of this range first."""
         ring = self._rings[layer.device]
         recent = heads.recent_pieces(length)
-        wanted = deque(self._tiles(layer, heads, heads.prefix(length)))
-        self._schedule.reached(layer.index)
+        mine = _query_heads(layer, query, heads.heads)
         # Small outputs are merged once per layer rather than once per tile: decode would
         # otherwise spend its time launching kernels.
-        collect = out[:, :, : heads.heads.heads].numel() * 4 <= TOGETHER_BYTES or not wanted
-        newest = _Total(query, q, _query_heads(layer, query, heads.heads), self._impl, collect)
+        streamed = bool(wanted) and wanted[0].group.stop <= heads.heads.stop
+        collect = out[:, :, : heads.heads.heads].numel() * 4 <= TOGETHER_BYTES or not streamed
+        newest = Total(query, q, mine, self._impl, collect)
         if collect:
             for piece in recent:
                 newest.add(piece)
-        totals: list[_Total] = []
-        while wanted:
+        totals: list[Total] = []
+        while wanted and wanted[0].group.stop <= heads.heads.stop:
             group = wanted[0].group
-            total = _Total(query, q, _query_heads(layer, query, group), self._impl, collect)
+            total = Total(query, q, _query_heads(layer, query, group), self._impl, collect)
             if not collect:
                 for piece in recent:
-                    total.add(_of_group(piece, heads.heads, group))
+                    total.add(of_group(piece, heads.heads, group))
             while wanted and wanted[0].group == group:
                 tile = wanted.popleft()
                 if ring.upcoming != tile:
@@ -326,6 +345,7 @@ class Runner:
                 if isinstance(heads, OffloadedHeads):
                     found.tail_bytes += heads.tail_bytes
                     found.written_bytes += heads.written_bytes
+        found.demoted_heads = self.demoted_heads
         if self._host is not None:
             found.host_bytes = self._host.used_bytes
         found.resident_bytes = sum(tier.used_bytes for tier in self._device_tiers.values())
@@ -342,12 +362,19 @@ class Runner:
 
     def _settle(self) -> None:
         """What is stored is about to change other than by appending."""
-        if self._current is not None and self._current.offloaded is not None:
-            self._current.offloaded.forget_recent()
+        self._forget_recent()
         self._current = None
+        self._settle_ring()
+
+    def _settle_ring(self) -> None:
         for ring in self._rings.values():
             ring.flush()
         self._schedule.stop()
+
+    def _forget_recent(self) -> None:
+        if self._current is not None:
+            for heads in self._current.offloaded:
+                heads.forget_recent()
 
     def _layer_holding(self, index: int, length: int) -> Layer:
         layer = self.layers.get(index)
@@ -380,18 +407,19 @@ class Runner:
                 )
             )
         if resident < count:
-            ranges.append(
-                OffloadedHeads(
-                    self._host_tier(),
-                    shape,
-                    HeadGroup(resident, count),
-                    engine=self._engines[k.device],
-                    device=k.device,
-                    fmt=format_named(settings.kv_format),
-                    expected_tokens=settings.expected_tokens,
-                )
-            )
+            ranges.append(self._offloaded(shape, k.device, HeadGroup(resident, count)))
         return Layer(index, shape, k.device, ranges)
+
+    def _offloaded(self, shape: KVShape, device: torch.device, heads: HeadGroup) -> OffloadedHeads:
+        return OffloadedHeads(
+            self._host_tier(),
+            shape,
+            heads,
+            engine=self._engines[device],
+            device=device,
+            fmt=format_named(self.settings.kv_format),
+            expected_tokens=self.settings.expected_tokens,
+        )
 
     def _prepare_device(self, device: torch.device) -> None:
         """Streams and buffers, once per compute device and never again."""
@@ -410,20 +438,19 @@ class Runner:
         slots = [
             torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
         ]
-        self._rings[device] = StagingRing(engine, slots, self._load, poison=settings.poison)
+        self._rings[device] = StagingRing(
+            engine, slots, _weakly(self._load), poison=settings.poison
+        )
         self._buffers[device] = WriteBuffers(engine, device, settings.write_bytes)
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
-        heads = self.layers[tile.layer].offloaded
-        if heads is None:
-            raise CacheStateError(f"layer {tile.layer} has no offloaded heads to stage")
+        heads = self.layers[tile.layer].offloaded_with(tile.group)
         return heads.load(tile, slot), [heads.last_write]
 
     def _tiles_of_layer(self, index: int) -> Iterator[Tile]:
         layer = self.layers.get(index)
-        if layer is None or layer.offloaded is None:
-            return iter(())
-        return self._tiles(layer, layer.offloaded, layer.offloaded.store.stored)
+        for heads in () if layer is None else layer.offloaded:
+            yield from self._tiles(self.layers[index], heads, heads.store.stored)
 
     def _tiles(self, layer: Layer, heads: OffloadedHeads, length: int) -> Iterator[Tile]:
         return tiles(
@@ -450,179 +477,23 @@ class Runner:
 
     def _device_tier(self, device: torch.device) -> DeviceTier:
         if device not in self._device_tiers:
-            self._device_tiers[device] = DeviceTier(device)
+            limit = self.settings.resident_bytes
+            self._device_tiers[device] = DeviceTier(device, limit)
         return self._device_tiers[device]
 
 
-def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of `query` over plain k, v [b, h, s, d], [b, t, h, d]: the same arithmetic as over
-    a cache, for what the fused kernels of transformers do not take."""
-    batch, heads, rows, _ = query.q.shape
-    total = _Total(query, query.q, (0, heads), AUTO, collect=False)
-    total.add(Piece(0, k, v))
-    out = query.q.new_empty(batch, rows, heads, query.value_dim)
-    total.finish(out)
-    return out
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` without keeping its object alive: a runner dropped is memory freed at once, not
+    when the garbage collector next looks for cycles."""
+    target = weakref.WeakMethod(method)
 
+    def call(*args: Any) -> Any:
+        found = target()
+        if found is None:
+            raise CacheStateError("the runner of these tiles is gone")
+        return found(*args)
 
-class _Total:
-    """Partials of some query heads, merged as they come or, when small, all at the end."""
-
-    def __init__(
-        self, query: Query, q: Tensor, heads: tuple[int, int], impl: str, collect: bool
-    ) -> None:
-        self._query = query
-        self._q = q[:, heads[0] : heads[1]]
-        self._heads = heads
-        self._impl = impl
-        self._collect = collect
-        self._parts: list[Partial] = []  # each over all rows
-        self._owned = False  # whether the only part may be merged into
-
-    @property
-    def partial(self) -> Partial:
-        """Everything added so far; an identity if nothing was."""
-        if not self._parts:
-            batch, heads, rows, _ = self._q.shape
-            shape = (batch, heads, rows, self._query.value_dim)
-            self._parts, self._owned = [identity(shape, device=self._q.device)], True
-        elif len(self._parts) > 1:
-            self._parts, self._owned = [merge_all(self._parts)], True
-        return self._parts[0]
-
-    def add(self, piece: Piece) -> None:
-        """Attend a piece of the context and merge what every row sees of it."""
-        rows, keys = (0, self._q.shape[2]), (piece.start, piece.start + piece.k.shape[2])
-        for block in self._query.recipe.blocks(rows, keys):
-            start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
-            step = stop - start
-            if self._query.expand is not None and not block.causal:
-                step = min(step, self._expand_tokens(piece))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                bias = block.bias
-                if bias is not None and step < stop - start:
-                    bias = bias[..., first - start : last - start]
-                k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
-                self._add(block.rows, k, v, block.causal, bias)
-
-    def join(self, groups: Sequence[_Total]) -> None:
-        """Add what `groups` found, each for its share of these heads, in order."""
-        if not groups:
-            return
-        counts = {len(group._parts) for group in groups}
-        found = [group._parts if len(counts) == 1 else [group.partial] for group in groups]
-        for over_heads in zip(*found, strict=True):
-            if len(over_heads) == 1:
-                self._parts.append(over_heads[0])
-                continue
-            outs, lses = zip(*over_heads, strict=True)
-            self._parts.append(Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1)))
-        self._owned = False
-
-    def finish(self, out: Tensor) -> None:
-        """Write the result into out [b, t, h, d]."""
-        total = self.partial
-        if self._query.sink is not None:
-            total = add_sink(total, self._query.sink[self._heads[0] : self._heads[1]])
-        out[:, :, self._heads[0] : self._heads[1]].copy_(total.out.transpose(1, 2))
-
-    def _add(
-        self, rows: tuple[int, int], k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
-    ) -> None:
-        query = self._query
-        if query.expand is not None:
-            k, v = query.expand(k, v)
-        if bias is not None and bias.shape[1] != 1:
-            bias = bias[:, self._heads[0] : self._heads[1]]
-        part = attend(
-            self._q[:, :, rows[0] : rows[1]],
-            k,
-            v,
-            scale=query.scale,
-            causal=causal,
-            bias=bias,
-            softcap=query.softcap,
-            impl=self._impl,
-        )
-        self._merge(rows, part)
-
-    def _merge(self, rows: tuple[int, int], part: Partial) -> None:
-        whole = rows == (0, self._q.shape[2])
-        if whole and (self._collect or not self._parts):
-            self._parts.append(part)
-            self._owned = False
-            return
-        total = self.partial
-        if not self._owned:
-            total = Partial(total.out.to(torch.float32, copy=True), total.lse.clone())
-            self._parts, self._owned = [total], True
-        here = slice(rows[0], rows[1])
-        merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
-
-    def _expand_tokens(self, piece: Piece) -> int:
-        batch, heads, _, dim = self._q.shape
-        width = heads * (dim + self._query.value_dim) * piece.k.element_size()
-        return max(1, EXPAND_BYTES // (batch * width))
-
-
-@dataclass(slots=True)
-class _Schedule:
-    """Which tiles will be wanted after those being attended.
-
-    Layers are attended in the same order in every forward pass, so the order of the last one
-    foretells this one; keys of later layers do not depend on this layer's result, and after the
-    last layer the first one's are already complete for the next pass.
-    """
-
-    tiles_of: Callable[[int], Iterator[Tile]]
-    _order: list[int] = field(default_factory=list)
-    _lap_known: bool = False
-    _at: int = -1
-    _ahead: int = -1
-    _wrapped: bool = False
-    _pending: deque[Tile] = field(default_factory=deque)
-
-    def reached(self, layer: int) -> None:
-        """Attention of `layer` begins."""
-        if self._at + 1 < len(self._order) and self._order[self._at + 1] == layer:
-            self._at += 1
-        elif self._order and self._order[0] == layer:
-            # A new pass. One that ended early, or the first, shows where the order ends.
-            self._order = self._order[: self._at + 1]
-            self._lap_known = True
-            self._at, self._wrapped = 0, False
-            self._ahead = min(self._ahead, len(self._order) - 1)
-        else:
-            self._order = [*self._order[: self._at + 1], layer]
-            self._at += 1
-            self._lap_known = False
-
-    def restart(self, pending: deque[Tile]) -> None:
-        """The ring was flushed; what comes next is `pending`, then the layers after this one."""
-        self._pending = deque(pending)
-        self._ahead, self._wrapped = self._at, False
-
-    def stop(self) -> None:
-        """Stored tokens changed: nothing is foretold until the next attention call."""
-        self._pending.clear()
-        self._ahead, self._wrapped = self._at, False
-
-    def next_tile(self) -> Tile | None:
-        """The next tile to stage, None if that cannot be said yet."""
-        while not self._pending:
-            following = self._ahead + 1
-            wrapped = self._wrapped
-            if following >= len(self._order):
-                following, wrapped = 0, True
-                if self._wrapped or not self._lap_known:
-                    return None
-            # A layer's tiles for the next pass are complete once this pass has extended it.
-            if wrapped and following > self._at:
-                return None
-            self._ahead, self._wrapped = following, wrapped
-            self._pending.extend(self.tiles_of(self._order[following]))
-        return self._pending.popleft()
+    return call
 
 
 def _default_engine(device: torch.device) -> TransferEngine:
@@ -632,11 +503,6 @@ def _default_engine(device: torch.device) -> TransferEngine:
 def _query_heads(layer: Layer, query: Query, group: HeadGroup) -> tuple[int, int]:
     per_kv = query.q.shape[1] // layer.shape.num_kv_heads
     return group.start * per_kv, group.stop * per_kv
-
-
-def _of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
-    mine = slice(group.start - heads.start, group.stop - heads.start)
-    return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])
 
 
 def _check(layer: Layer, k: Tensor, v: Tensor) -> None:

@@ -112,8 +112,13 @@ class SpanStore:
         """The sequence is expected to reach `total_tokens`: open segments at exactly that size."""
         self.reserved = max(self.reserved, total_tokens // self.block_tokens * self.block_tokens)
 
-    def prepare_append(self, tokens: int, *, batch: int) -> Append:
+    def prepare_append(self, tokens: int, *, batch: int, spare: bool = True) -> Append:
         """What to allocate and copy for `tokens` more tokens; changes nothing.
+
+        Args:
+            tokens: how many.
+            batch: sequences.
+            spare: open segments with room for later tokens; False asks for what is needed alone.
 
         Raises:
             CacheStateError: the batch size differs from what is held.
@@ -135,7 +140,7 @@ class SpanStore:
                 last = Segment(
                     key=self._next_key + len(new),
                     start=position,
-                    capacity=self._capacity(position, target - position),
+                    capacity=self._capacity(position, target - position, spare=spare),
                     filled=0,
                     rows=batch,
                 )
@@ -249,11 +254,16 @@ class SpanStore:
             segment.filled < segment.capacity and segment.row_map is None and segment.rows == batch
         )
 
-    def _capacity(self, start: int, needed: int) -> int:
+    def _capacity(self, start: int, needed: int, *, spare: bool) -> int:
+        if not spare:
+            return needed
         if self.reserved - start >= needed and not self._reordered:
             return self.reserved - start
+        if self.block_tokens == 1:
+            # Attended segment by segment: few of them, each half of what there was before.
+            return max(needed, self.grow_tokens, start // 2)
         # After a reordering a segment closes at the next one: room beyond the need is lost.
-        if self._reordered and self.block_tokens > 1:
+        if self._reordered:
             return needed
         # A large append is a prefill chunk, and the next one opens its own segment.
         return max(needed, self.grow_tokens)

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from headinfer.attention.masks import Causal
 from headinfer.errors import CacheStateError
-from headinfer.runner import Query, Runner, RunnerSettings
+from headinfer.runner import Runner, RunnerSettings
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
+from headinfer.totals import Query
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 3
@@ -34,7 +35,11 @@ def make_runner(
     device, *, placement, slot_bytes=2**14, num_slots=3, late=True, write_bytes=2**14, **more
 ):
     staging = placement != "in place" or device == "cuda"
-    residents = {"partly resident": (1, 2, 0), "resident": (9, 9, 9)}.get(placement, ())
+    residents = {"in place": (), "staged": (), "partly resident": (1, 2, 0)}.get(
+        placement, (9,) * 3
+    )
+    if placement == "demoting":  # room for some of the layers only
+        more.setdefault("resident_bytes", 600_000)
     return Runner(
         RunnerSettings(
             staging=staging,
@@ -126,7 +131,7 @@ class Driver:
             )
 
 
-PLACEMENTS = ["in place", "staged", "partly resident", "resident"]
+PLACEMENTS = ["in place", "staged", "partly resident", "resident", "demoting"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -226,7 +231,7 @@ def test_chunking_the_prompt_does_not_change_what_is_stored():
             assert torch.equal(runner.gather(layer, 300, values=True), v)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS[:4])
 def test_write_back_is_only_ever_the_new_tokens(placement):
     runner = make_runner("cpu", placement=placement)
     driver = Driver(runner, "cpu")
@@ -252,6 +257,20 @@ def test_the_ring_prefetches_across_layers_and_passes():
     stored = 512 * LAYERS * 2 * 2 * 16 * 4
     assert moved.loaded_bytes - start.loaded_bytes == 10 * stored
     assert moved.dropped_tiles == start.dropped_tiles
+
+
+def test_heads_are_demoted_as_the_budget_fills_and_the_limit_holds():
+    runner = make_runner("cpu", placement="demoting", resident_bytes=900_000)
+    driver = Driver(runner, "cpu")
+    demoted = []
+    for _ in range(12):
+        driver.forward(256, 1)
+        assert runner.stats().resident_bytes <= 900_000
+        demoted.append(runner.stats().demoted_heads)
+    driver.finish()
+    assert demoted[0] == 0
+    assert demoted == sorted(demoted)
+    assert demoted[-1] == 4  # 3,072 tokens of one layer still fit
 
 
 def test_staging_does_not_grow_with_the_context():

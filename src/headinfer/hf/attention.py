@@ -22,7 +22,7 @@ from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRec
 from headinfer.errors import HandleError, UnsupportedAttention
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import register_mask
-from headinfer.runner import Expand, Query, attend_in_memory
+from headinfer.totals import Expand, Query, attend_in_memory
 
 _log = logging.getLogger(__name__)
 

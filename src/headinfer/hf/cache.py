@@ -33,7 +33,8 @@ from headinfer.hf.attention import register
 from headinfer.hf.geometry import geometry_of, layers_seen, resolve_budget
 from headinfer.hf.handles import KVHandle, Origin
 from headinfer.plan import Options, Plan, make_plan
-from headinfer.runner import Query, Runner, RunnerSettings, Stats
+from headinfer.runner import Runner, RunnerSettings, Stats
+from headinfer.totals import Query
 from headinfer.transfer import TransferEngine
 
 EngineFactory = Callable[[torch.device], TransferEngine]
@@ -124,6 +125,7 @@ def settings_of(plan: Plan, options: Options) -> RunnerSettings:
         num_slots=plan.num_slots,
         write_bytes=plan.write_bytes,
         resident_heads=plan.resident_heads,
+        resident_bytes=plan.resident_bytes,
         expected_tokens=plan.expected_tokens,
         host_bytes=plan.budget.host_bytes,
         kv_format=plan.kv_format,

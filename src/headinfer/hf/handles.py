@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from headinfer.attention.masks import MaskRecipe, Rows
 from headinfer.errors import HandleError
-from headinfer.runner import Query
+from headinfer.totals import Query
 
 _aten = torch.ops.aten
 _ALIASES = {

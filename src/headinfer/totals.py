@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention call and the sum of what its query heads find, piece by piece.
+
+Pieces of the context come from wherever they lie; their partials merge at once, or, when outputs
+are small, all together at the end. Knows no tiers and no tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headinfer.attention.api import AUTO, attend
+from headinfer.attention.masks import MaskRecipe
+from headinfer.attention.merge import add_sink, identity, merge_all, merge_into
+from headinfer.attention.types import Partial
+from headinfer.heads import Piece
+
+EXPAND_BYTES = 64 * 2**20
+"""Latent keys and values are expanded this much at a time."""
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One attention call against a layer.
+
+    Attributes:
+        q: [b, h * q_per_kv, t, d].
+        scale: factor on q k^T.
+        recipe: which keys each row sees.
+        softcap: see `AttentionImpl`.
+        sink: [h * q_per_kv] logits with zero value, or None.
+        expand: turns stored latents [b, 1, t, r] into keys and values of every query head.
+        value_dim: width of the output.
+    """
+
+    q: Tensor
+    scale: float
+    recipe: MaskRecipe
+    value_dim: int
+    softcap: float | None = None
+    sink: Tensor | None = None
+    expand: Expand | None = None
+
+
+def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of `query` over plain k, v [b, h, s, d], [b, t, h, d]: the same arithmetic as over
+    a cache, for what the fused kernels of transformers do not take."""
+    batch, heads, rows, _ = query.q.shape
+    total = Total(query, query.q, (0, heads), AUTO, collect=False)
+    total.add(Piece(0, k, v))
+    out = query.q.new_empty(batch, rows, heads, query.value_dim)
+    total.finish(out)
+    return out
+
+
+class Total:
+    """Partials of some query heads, merged as they come or, when small, all at the end."""
+
+    def __init__(
+        self, query: Query, q: Tensor, heads: tuple[int, int], impl: str, collect: bool
+    ) -> None:
+        self._query = query
+        self._q = q[:, heads[0] : heads[1]]
+        self._heads = heads
+        self._impl = impl
+        self._collect = collect
+        self._parts: list[Partial] = []  # each over all rows
+        self._owned = False  # whether the only part may be merged into
+
+    @property
+    def partial(self) -> Partial:
+        """Everything added so far; an identity if nothing was."""
+        if not self._parts:
+            batch, heads, rows, _ = self._q.shape
+            shape = (batch, heads, rows, self._query.value_dim)
+            self._parts, self._owned = [identity(shape, device=self._q.device)], True
+        elif len(self._parts) > 1:
+            self._parts, self._owned = [merge_all(self._parts)], True
+        return self._parts[0]
+
+    def add(self, piece: Piece) -> None:
+        """Attend a piece of the context and merge what every row sees of it."""
+        rows, keys = (0, self._q.shape[2]), (piece.start, piece.start + piece.k.shape[2])
+        for block in self._query.recipe.blocks(rows, keys):
+            start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
+            step = stop - start
+            if self._query.expand is not None and not block.causal:
+                step = min(step, self._expand_tokens(piece))
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                bias = block.bias
+                if bias is not None and step < stop - start:
+                    bias = bias[..., first - start : last - start]
+                k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
+                self._add(block.rows, k, v, block.causal, bias)
+
+    def join(self, groups: Sequence[Total]) -> None:
+        """Add what `groups` found, each for its share of these heads, in order."""
+        if not groups:
+            return
+        counts = {len(group._parts) for group in groups}
+        found = [group._parts if len(counts) == 1 else [group.partial] for group in groups]
+        for over_heads in zip(*found, strict=True):
+            if len(over_heads) == 1:
+                self._parts.append(over_heads[0])
+                continue
+            outs, lses = zip(*over_heads, strict=True)
+            self._parts.append(Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1)))
+        self._owned = False
+
+    def finish(self, out: Tensor) -> None:
+        """Write the result into out [b, t, h, d]."""
+        total = self.partial
+        if self._query.sink is not None:
+            total = add_sink(total, self._query.sink[self._heads[0] : self._heads[1]])
+        out[:, :, self._heads[0] : self._heads[1]].copy_(total.out.transpose(1, 2))
+
+    def _add(
+        self, rows: tuple[int, int], k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
+    ) -> None:
+        query = self._query
+        if query.expand is not None:
+            k, v = query.expand(k, v)
+        if bias is not None and bias.shape[1] != 1:
+            bias = bias[:, self._heads[0] : self._heads[1]]
+        part = attend(
+            self._q[:, :, rows[0] : rows[1]],
+            k,
+            v,
+            scale=query.scale,
+            causal=causal,
+            bias=bias,
+            softcap=query.softcap,
+            impl=self._impl,
+        )
+        self._merge(rows, part)
+
+    def _merge(self, rows: tuple[int, int], part: Partial) -> None:
+        whole = rows == (0, self._q.shape[2])
+        if whole and (self._collect or not self._parts):
+            self._parts.append(part)
+            self._owned = False
+            return
+        total = self.partial
+        if not self._owned:
+            total = Partial(total.out.to(torch.float32, copy=True), total.lse.clone())
+            self._parts, self._owned = [total], True
+        here = slice(rows[0], rows[1])
+        merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
+
+    def _expand_tokens(self, piece: Piece) -> int:
+        batch, heads, _, dim = self._q.shape
+        width = heads * (dim + self._query.value_dim) * piece.k.element_size()
+        return max(1, EXPAND_BYTES // (batch * width))

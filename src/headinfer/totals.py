@@ -22,6 +22,9 @@ from headinfer.heads import Piece
 EXPAND_BYTES = 64 * 2**20
 """Latent keys and values are expanded this much at a time."""
 
+PENDING_BYTES = 2 * 2**20
+"""Partials that wait for each other, per head group: a few, or the context would decide."""
+
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -144,6 +147,8 @@ class Total:
     def _merge(self, rows: tuple[int, int], part: Partial) -> None:
         whole = rows == (0, self._q.shape[2])
         if whole and (self._collect or not self._parts):
+            if len(self._parts) * part.out.nbytes > PENDING_BYTES:
+                self._parts = [self.partial]
             self._parts.append(part)
             self._owned = False
             return

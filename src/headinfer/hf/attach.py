@@ -39,6 +39,10 @@ from headinfer.runner import Stats
 
 _log = logging.getLogger(__name__)
 
+SPARE_TOKENS = 4096
+"""Of the new tokens a call may make, those that memory is set aside for beforehand: a limit is
+often far above what is generated."""
+
 
 def attach(
     model: PreTrainedModel,
@@ -127,6 +131,7 @@ class Session:
         self._started = 0.0
         self._closed = False
         self._first_plan: Plan | None = None
+        self._length: tuple[int, int] | None = None
         self._geometry = self._geometry_now()
         self.head_layers = len(self._geometry.full_layers)
         if self._options.expected_tokens is not None:
@@ -165,6 +170,7 @@ class Session:
         config = _decoder_config(self.model)
         weights = self._geometry.weight_bytes
         self.cache = HeadCache(config, weight_bytes=weights, **self._given)
+        self.cache.backing.length, self._length = self._length, None
         return self.cache
 
     def close(self) -> None:
@@ -198,7 +204,7 @@ class Session:
         if self._generation is not None:
             self._generation.prefill_chunk_size = self._chunk_tokens()
         if hasattr(self.model, "_prefill"):
-            self.model._prefill = prefill_of(self.model)
+            self.model._prefill = prefill_of(self.model, self._announced)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )
@@ -211,6 +217,11 @@ class Session:
             len(self._geometry.layers),
             kv,
         )
+
+    def _announced(self, prompt: int, most: int) -> None:
+        """`generate()` is about to read `prompt` tokens and may reach `most`."""
+        if self._options.expected_tokens is None:
+            self._length = prompt, min(most, prompt + max(prompt, SPARE_TOKENS))
 
     def _geometry_now(self) -> Geometry:
         device = self.model.device

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 from typing_extensions import Unpack
 
 from headinfer.budget import MemoryBudget
-from headinfer.errors import CacheStateError, InputError
+from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.attention import register
 from headinfer.hf.geometry import geometry_of, layers_seen, resolve_budget
@@ -83,7 +83,13 @@ def options_from(given: CacheOptions) -> Options:
 
 
 class Backing:
-    """What the layers of one cache share: options until the first update, then plan and runner."""
+    """What the layers of one cache share: options until the first update, then plan and runner.
+
+    Attributes:
+        length: tokens of the prompt and the most there may be, where `generate()` told.
+        plan: what was decided.
+        runner: where the bytes are.
+    """
 
     def __init__(
         self,
@@ -97,6 +103,7 @@ class Backing:
         self.geometry = geometry
         self.latent = latent
         self.engine = engine
+        self.length: tuple[int, int] | None = None
         self.plan: Plan | None = None
         self.runner: Runner | None = None
 
@@ -106,9 +113,20 @@ class Backing:
             geometry = self.geometry or layers_seen(layers, key, value)
             geometry = replace(geometry, itemsize=key.element_size())
             options = resolve_budget(self.options, key.device)
-            self.plan = make_plan(geometry, options, device=key.device.type, batch=key.shape[0])
+            self.plan = self._make_plan(geometry, options, key.device.type, key.shape[0])
             self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
         return self.runner
+
+    def _make_plan(self, geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
+        if options.expected_tokens is not None or self.length is None:
+            return make_plan(geometry, options, device=device, batch=batch)
+        prompt, most = self.length
+        try:
+            likely = replace(options, expected_tokens=most)
+            return make_plan(geometry, likely, device=device, batch=batch)
+        except BudgetTooSmall:  # the prompt may fit even if the longest answer would not
+            least = replace(options, expected_tokens=prompt)
+            return make_plan(geometry, least, device=device, batch=batch)
 
     def clone(self) -> Backing:
         twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+import headinfer
 from headinfer.attention.api import choose, why_not
 from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
@@ -223,8 +224,8 @@ def _chosen(spec: AttentionSpec) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("headinfer", "torch", "transformers", "triton", "accelerate"):
+    found = {"python": platform.python_version(), "headinfer": headinfer.__version__}
+    for name in ("torch", "transformers", "triton", "accelerate"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

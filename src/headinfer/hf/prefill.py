@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prefill of `generate()` where transformers' own cannot be cut in chunks.
+"""The prefill of `generate()`: told how long it will be, and cut where transformers' own cannot.
 
-Its chunks are cut from token ids: a prompt of embeddings loses its attention mask there, and a
+Only here is the whole prompt known before its first chunk runs. transformers' chunks are cut from token ids: a prompt of embeddings loses its attention mask there, and a
 call without a cache is refused. Here embeddings are cut the way transformers itself continues
 from a cache (the whole prompt so far, of which it takes what the cache lacks), and without a
 cache nothing is cut.
@@ -22,8 +22,13 @@ _BY_POSITION = ("attention_mask", "position_ids", "token_type_ids", "mm_token_ty
 Prefill = Callable[..., Any]
 
 
-def prefill_of(model: PreTrainedModel) -> Prefill:
-    """What takes the place of `model._prefill`; it has to be restored by `del model._prefill`."""
+def prefill_of(model: PreTrainedModel, announce: Callable[[int, int], None]) -> Prefill:
+    """What takes the place of `model._prefill`; it has to be restored by `del model._prefill`.
+
+    Args:
+        model: the model to generate with.
+        announce: told, before a prompt runs, its tokens and the most tokens there will be.
+    """
     stock: Prefill = model._prefill
 
     def prefill(
@@ -38,6 +43,9 @@ def prefill_of(model: PreTrainedModel) -> Prefill:
         if model.config.is_encoder_decoder:
             embeds = None
         cache = model_kwargs.get("past_key_values")
+        if is_first_iteration and not model.config.is_encoder_decoder:
+            prompt = (input_ids if embeds is None else embeds).shape[1]
+            announce(prompt, max(generation_config.max_length or 0, prompt + 1))
         if chunk is None or (cache is not None and embeds is None):
             before = set(model_kwargs)
             outputs = stock(input_ids, generation_config, model_kwargs, is_first_iteration, **more)

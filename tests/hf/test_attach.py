@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attach(model)` with no arguments: the length comes from `generate()`, memory is exact."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import headinfer
+from headinfer.errors import BudgetTooSmall, TierFull
+
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dim, float32
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def generate(model, tokens=300, new=8):
+    prompt = torch.randint(0, 99, (1, tokens), generator=torch.Generator().manual_seed(1))
+    return model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+
+
+def test_the_length_is_learned_from_generate(model):
+    expected = generate(model)
+    with headinfer.attach(model) as run:
+        assert run.plan is None
+        assert torch.equal(generate(model), expected)
+        assert run.plan.expected_tokens == 308
+        # One extent per layer, of exactly that size.
+        assert run.stats.host_bytes == 308 * TOKEN_BYTES
+
+
+def test_room_for_new_tokens_is_bounded(model):
+    with headinfer.attach(model) as run:
+        prompt = torch.zeros((1, 10), dtype=torch.long)
+        model.generate(prompt, max_length=10**6, max_new_tokens=None, stop_strings=None,
+                       stopping_criteria=[lambda ids, scores: torch.ones(1, dtype=torch.bool)])  # fmt: skip
+        assert run.plan.expected_tokens == 10 + 4096
+
+
+def test_each_generation_plans_anew(model):
+    with headinfer.attach(model) as run:
+        generate(model, 300)
+        generate(model, 200, new=4)
+        assert run.plan.expected_tokens == 204
+
+
+def test_a_plain_forward_after_generate_assumes_nothing(model):
+    with headinfer.attach(model) as run, torch.no_grad():
+        generate(model, 300)
+        model(torch.zeros((1, 5), dtype=torch.long))
+        assert run.plan.expected_tokens is None
+
+
+def test_a_prompt_that_fits_runs_even_if_the_longest_answer_would_not(model):
+    budget = 400 * TOKEN_BYTES
+    with headinfer.attach(model, host_memory=budget) as run:
+        generate(model, 300, new=50)
+        with pytest.raises(TierFull, match="raise host_memory to"):
+            generate(model, 300, new=5000)
+        assert run.plan.expected_tokens == 300
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(model):
+    with headinfer.attach(model, host_memory=200 * TOKEN_BYTES):
+        with pytest.raises(BudgetTooSmall, match="at 300 tokens does not fit") as caught:
+            generate(model, 300)
+    with headinfer.attach(model, host_memory=caught.value.needed_bytes):
+        generate(model, 300, new=1)
+
+
+def test_a_dropped_cache_frees_its_memory_at_once(model):
+    gc.disable()
+    try:
+        with headinfer.attach(model) as run:
+            generate(model)
+            host = weakref.ref(run.cache.backing.runner)
+            generate(model)
+            assert host() is None
+    finally:
+        gc.enable()

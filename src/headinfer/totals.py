@@ -20,7 +20,7 @@ from headinfer.attention.types import Partial
 from headinfer.heads import Piece
 
 EXPAND_BYTES = 64 * 2**20
-"""Latent keys and values are expanded this much at a time."""
+"""Latent keys and values are expanded, and those attended with softcap copied, this much at once."""
 
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
@@ -93,7 +93,8 @@ class Total:
         for block in self._query.recipe.blocks(rows, keys):
             start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
             step = stop - start
-            if self._query.expand is not None and not block.causal:
+            copied = self._query.expand is not None or self._query.softcap is not None
+            if copied and not block.causal:
                 step = min(step, self._expand_tokens(piece))
             for first in range(start, stop, step):
                 last = min(first + step, stop)

@@ -474,3 +474,18 @@ def test_a_model_without_a_head_is_attached_too(
             assert run.cache is not None
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert body.config._attn_implementation == "eager"
+
+
+def test_a_length_is_told_to_the_cache_it_is_meant_for(
+    llama: PreTrainedModel, ids: Any, options: dict[str, Any]
+) -> None:
+    with headinfer.attach(llama, **options) as run, torch.no_grad():
+        first = run.new_cache()
+        generate(llama, input_ids=ids(200), past_key_values=first)
+        assert first.plan is not None
+        assert first.plan.expected_tokens == 200 + NEW
+        generate(llama, input_ids=ids(300), past_key_values=first)
+        second = run.new_cache()
+        llama(ids(10), past_key_values=second)
+        assert second.plan is not None
+        assert second.plan.expected_tokens is None

@@ -170,7 +170,6 @@ class Session:
         config = _decoder_config(self.model)
         weights = self._geometry.weight_bytes
         self.cache = HeadCache(config, weight_bytes=weights, **self._given)
-        self.cache.backing.length, self._length = self._length, None
         return self.cache
 
     def close(self) -> None:
@@ -284,10 +283,18 @@ class Session:
         return args, {**kwargs, name: cache}
 
     def _supply(self, given: Any) -> Any:
+        """The cache of a forward pass, which learns the length if `generate()` told."""
+        used = self._cache_for(given)
+        if self._length is not None and self.cache is not None and self.cache.plan is None:
+            self.cache.backing.length = self._length
+        self._length = None  # meant for this pass and its cache alone
+        return used
+
+    def _cache_for(self, given: Any) -> Any:
         """A head-wise cache in the place of a missing or empty stock one."""
         if isinstance(given, EncoderDecoderCache):
             if _is_fresh(given.self_attention_cache):
-                given.self_attention_cache = self._supply(given.self_attention_cache)
+                given.self_attention_cache = self._cache_for(given.self_attention_cache)
             elif isinstance(given.self_attention_cache, HeadCache):
                 self.cache = given.self_attention_cache
             return given

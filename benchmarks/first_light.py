@@ -15,6 +15,7 @@ import gc
 import json
 import platform
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCr
 import headinfer
 from headinfer.budget import GIB, format_bytes, parse_bytes
 from headinfer.testing.numerics import within_rule
+
+CHUNK_TOKENS = 8192
 
 LLAMA3_8B = LlamaConfig(
     hidden_size=4096,
@@ -72,7 +75,7 @@ def measure(model: LlamaForCausalLM, tokens: int, new: int, **options: Any) -> d
     prompt = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
     _empty()
     clock = Clock()
-    with headinfer.attach(model, expected_tokens=tokens + new, **options) as run:
+    with headinfer.attach(model, **options) as run:
         start = time.perf_counter()
         model.generate(
             prompt,
@@ -85,8 +88,9 @@ def measure(model: LlamaForCausalLM, tokens: int, new: int, **options: Any) -> d
         plan, stats = run.plan, run.stats.as_dict()
         if plan is None:
             raise RuntimeError("no plan was made")
-        steps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(clock.times)]
         row = {
+            "contestant": "headinfer",
             "tokens": tokens,
             "new_tokens": new,
             "chunk_tokens": plan.chunk_tokens,
@@ -108,6 +112,42 @@ def measure(model: LlamaForCausalLM, tokens: int, new: int, **options: Any) -> d
         if run.cache is not None:
             run.cache.close()
     return row
+
+
+def stock(model: LlamaForCausalLM, tokens: int, new: int, *, offloading: bool) -> dict[str, Any]:
+    """transformers' own caches on the same model, chunk and cap."""
+    prompt = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+    row: dict[str, Any] = {
+        "contestant": "transformers offloaded" if offloading else "transformers resident",
+        "tokens": tokens,
+        "new_tokens": new,
+        "chunk_tokens": CHUNK_TOKENS,
+    }
+    model.set_attn_implementation("sdpa")
+    _empty()
+    clock, start = Clock(), time.perf_counter()
+    try:
+        model.generate(
+            prompt,
+            past_key_values=DynamicCache(config=model.config, offloading=offloading),
+            prefill_chunk_size=CHUNK_TOKENS,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=[clock],
+        )
+    except torch.OutOfMemoryError as error:
+        return {**row, "fits": False, "error": str(error).split(". ")[0]}
+    steps = [b - a for a, b in pairwise(clock.times)]
+    return {
+        **row,
+        "fits": True,
+        "ttft_s": clock.times[0] - start,
+        "itl_first_s": steps[0],
+        "itl_p50_s": _quantile(steps[1:], 0.5),
+        "gpu_peak_allocated_bytes": _peak()[0],
+        "gpu_peak_reserved_bytes": _peak()[1],
+    }
 
 
 def exactness(config: LlamaConfig, device: str, tokens: int, chunk: int) -> dict[str, Any]:
@@ -166,7 +206,8 @@ def main() -> None:
     parser.add_argument("--lengths", default="32768,65536,131072")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--check-tokens", type=int, default=32768)
-    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=CHUNK_TOKENS)
+    parser.add_argument("--stock-tokens", type=int, default=5, help="new tokens of the baselines")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -176,7 +217,13 @@ def main() -> None:
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1000}
         config = LlamaConfig(**{**LLAMA3_8B.to_dict(), **sizes, **heads, "head_dim": 32})
-    report: dict[str, Any] = {"machine": machine(), "cap": args.cap, "rows": []}
+    report: dict[str, Any] = {
+        "command": "python benchmarks/first_light.py",
+        "shape": "Llama-3-8B, random weights, bfloat16, batch 1",
+        "machine": machine(),
+        "cap": args.cap,
+        "rows": [],
+    }
     report["exactness"] = exactness(config, device, args.check_tokens, args.chunk)
     print(json.dumps(report["exactness"]), flush=True)
     _empty()
@@ -192,11 +239,14 @@ def main() -> None:
                 continue
             row = measure(model, tokens, args.new_tokens, **options, **residents)
             row["nothing_resident"] = bool(residents)
-            report["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+            keep(report, row, args.out)
+    for tokens in map(int, args.lengths.split(",")):
+        for offloading in (True, False) if device == "cuda" else ():
+            row = stock(model, tokens, args.stock_tokens, offloading=offloading)
+            keep(report, row, args.out)
     for row in report["rows"]:
+        if row["contestant"] != "headinfer":
+            continue
         print(
             f"{row['tokens']:>8,} tokens, {row['resident_heads']:>3} heads resident: "
             f"first token {row['ttft_s']:.2f} s, then {row['itl_p50_s'] * 1e3:.0f} ms a token, "
@@ -205,6 +255,13 @@ def main() -> None:
             f"staging {format_bytes(row['staging_bytes'])}, "
             f"host {row['host_bytes'] / GIB:.2f} GiB"
         )
+
+
+def keep(report: dict[str, Any], row: dict[str, Any], out: Path | None) -> None:
+    report["rows"].append(row)
+    print(json.dumps(row), flush=True)
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

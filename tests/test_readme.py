@@ -130,3 +130,10 @@ def test_ci_runs_the_command_that_the_readme_names() -> None:
     command = "./scripts/test"
     assert f"\n{command}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith(f"exec {command}")
+
+
+def test_the_measured_table_is_the_committed_result() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "readme_figures"), "--check"], check=False
+    )
+    assert done.returncode == 0, "run scripts/readme_figures"

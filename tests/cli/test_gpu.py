@@ -35,7 +35,7 @@ def test_the_answer_is_that_of_the_resident_cache(tiny: str) -> None:
 def test_the_least_gpu_budget_named_works_and_is_kept(headinfer: Program, tiny: str) -> None:
     asked = ("run", tiny, "--prompt", "x" * 1500, "--max-new-tokens", "4", "--device", "cuda")
     refused = headinfer(*asked, "--gpu-memory", "1MiB")
-    assert refused.status == 1
+    assert refused.status == 1, refused.err
     least = refused.error.split("Raise gpu_memory to ")[1].split(" bytes")[0]
     result = headinfer(*asked, "--gpu-memory", least, "--json")
     assert result.status == 0, result.err
@@ -55,5 +55,5 @@ def test_memory_that_runs_out_is_one_line(headinfer: Program, tiny: str) -> None
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert result.status == 1
+    assert result.status == 1, result.err
     assert "memory" in result.error

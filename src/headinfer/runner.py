@@ -137,7 +137,7 @@ class Runner:
         self._device_tiers: dict[torch.device, DeviceTier] = {}
         self._rings: dict[torch.device, StagingRing] = {}
         self._buffers: dict[torch.device, WriteBuffers] = {}
-        self._schedule = Schedule(_weakly(self._tiles_of_layer))
+        self._schedules: dict[torch.device, Schedule] = {}
         self._current: Layer | None = None
         self.demoted_heads = 0
 
@@ -214,7 +214,7 @@ class Runner:
         for below in layer.offloaded:
             wanted.extend(self._tiles(layer, below, below.prefix(length)))
         if layer.offloaded:
-            self._schedule.reached(index)
+            self._schedules[layer.device].reached(index)
         for heads in layer.ranges:
             if isinstance(heads, DirectHeads):
                 mine = _query_heads(layer, query, heads.heads)
@@ -237,7 +237,7 @@ class Runner:
         out: Tensor,
     ) -> None:
         """The loop: `wanted` are the layer's tiles in order, those of this range first."""
-        ring = self._rings[layer.device]
+        ring, schedule = self._rings[layer.device], self._schedules[layer.device]
         recent = heads.recent_pieces(length)
         mine = _query_heads(layer, query, heads.heads)
         # Small outputs are merged once per layer rather than once per tile: decode would
@@ -259,9 +259,9 @@ class Runner:
                 tile = wanted.popleft()
                 if ring.upcoming != tile:
                     ring.flush()
-                    self._schedule.restart(wanted)
+                    schedule.restart(wanted)
                 slot = ring.take(tile)
-                ring.prefetch(self._schedule.next_tile)  # load next
+                ring.prefetch(schedule.next_tile)  # load next
                 total.add(heads.unpack(tile, slot))  # attend this
                 ring.give_back()
             if collect:
@@ -331,6 +331,12 @@ class Runner:
         self._host = None
         self._device_tiers.clear()
 
+    def __del__(self) -> None:
+        # Tiles staged for a pass that never came may be on their way into slots whose memory is
+        # about to be reused, from mappings about to go.
+        for engine in self._engines.values():
+            engine.drain()
+
     def stats(self) -> Stats:
         """Bytes held now and moved so far."""
         found = Stats()
@@ -367,9 +373,9 @@ class Runner:
         self._settle_ring()
 
     def _settle_ring(self) -> None:
-        for ring in self._rings.values():
+        for device, ring in self._rings.items():
             ring.flush()
-        self._schedule.stop()
+            self._schedules[device].stop()
 
     def _forget_recent(self) -> None:
         if self._current is not None:
@@ -442,6 +448,7 @@ class Runner:
             engine, slots, _weakly(self._load), poison=settings.poison
         )
         self._buffers[device] = WriteBuffers(engine, device, settings.write_bytes)
+        self._schedules[device] = Schedule(_weakly(self._tiles_of_layer))
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
         heads = self.layers[tile.layer].offloaded_with(tile.group)

@@ -339,3 +339,24 @@ def test_a_missing_wait_is_seen(missing, monkeypatch):
         driver.forward(140, 1)
     with pytest.raises(AssertionError):
         driver.finish()
+
+
+def test_a_runner_dropped_waits_for_copies_under_way():
+    """Its slots and mappings are reused at once: a copy still running would hit their new owner."""
+    waited = []
+
+    class Engine(DeferredEngine):
+        def drain(self):
+            waited.append(sum(len(queue) for queue in self._queues.values()))
+            super().drain()
+
+    settings = RunnerSettings(staging=True, slot_bytes=2**14, num_slots=3, write_bytes=2**14)
+    runner = Runner(settings, engine=lambda device: Engine())
+    driver = Driver(runner, "cpu")
+    driver.forward(300, 1)
+    for _ in range(3):
+        driver.forward(1, 1)
+    driver.runner = None
+    del runner
+    assert waited
+    assert waited[0] > 0  # tiles were staged ahead for a pass that never came

@@ -13,7 +13,17 @@ import pytest
 
 import headinfer
 
-PURE_HALF = ("errors", "geometry", "budget", "plan", "layout", "store", "progress")
+PURE_HALF = (
+    "errors",
+    "geometry",
+    "budget",
+    "options",
+    "plan",
+    "layout",
+    "store",
+    "schedule",
+    "progress",
+)
 HEAVY = ("torch", "numpy", "transformers", "triton", "safetensors", "gguf")
 
 

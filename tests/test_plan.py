@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from headinfer.budget import GIB, MIB, MemoryBudget
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
-from headinfer.plan import Options, activation_bytes, make_plan
+from headinfer.options import Options
+from headinfer.plan import activation_bytes, make_plan
 
 
 def llama3_8b(weights=15 * GIB):

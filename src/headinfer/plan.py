@@ -7,13 +7,14 @@ Counts bytes only. The activation model is calibrated on measured peaks (docs/pl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headinfer.budget import MIB, MemoryBudget, format_bytes
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
 from headinfer.layout import BLOCK_TOKENS, aligned
+from headinfer.options import Options
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -29,65 +30,6 @@ WORKSPACE_BYTES = 192 * MIB
 SLACK_SHARE = 0.8
 """Of the activations: what torch's caching allocator holds in blocks too small for the next
 request. Measured on an H200 with a Llama-3-8B shape, 0.5 GiB for 0.9 GiB of activations."""
-
-ON_UNSUPPORTED = ("error", "materialize")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a user may fix; None lets the plan choose.
-
-    Attributes:
-        budget: memory allowed per tier.
-        chunk_tokens: tokens prefilled per forward pass.
-        kv_format: how offloaded keys and values are stored.
-        expected_tokens: prompt plus new tokens, if known: memory is then exact and heads can be
-            kept resident.
-        on_unsupported: "error", or "materialize" to hand whole layers to model code that does
-            arithmetic on keys and values itself.
-        tile_bytes: size of a staging slot.
-        num_slots: staging slots.
-        staging: stage tiles through the ring even where host memory can be read in place.
-        resident_heads: KV heads per layer that never leave the GPU.
-        attention: attention implementation to insist on, or "auto".
-        poison: NaN-fill staging slots on release (for tests).
-    """
-
-    budget: MemoryBudget = field(default_factory=MemoryBudget)
-    chunk_tokens: int | None = None
-    kv_format: str = "exact"
-    expected_tokens: int | None = None
-    on_unsupported: str = "error"
-    tile_bytes: int | None = None
-    num_slots: int | None = None
-    staging: bool | None = None
-    resident_heads: int | None = None
-    attention: str = "auto"
-    poison: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises InputError for a value no plan could use."""
-        for name, least in (
-            ("chunk_tokens", 1),
-            ("expected_tokens", 1),
-            ("tile_bytes", 1),
-            ("num_slots", 1),
-            ("resident_heads", 0),
-        ):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(f"{name}={value!r} is not usable; give a whole number >= {least}")
-        if self.on_unsupported not in ON_UNSUPPORTED:
-            raise InputError(
-                f"on_unsupported={self.on_unsupported!r} is not known; "
-                f"use {' or '.join(map(repr, ON_UNSUPPORTED))}"
-            )
-        if self.kv_format not in FORMATS:
-            raise InputError(
-                f"kv_format={self.kv_format!r} is not known; known: {', '.join(sorted(FORMATS))}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

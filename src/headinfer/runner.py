@@ -10,16 +10,15 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO
 from headinfer.errors import CacheStateError, HeadInferError, TierFull
 from headinfer.formats import format_named
 from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, WriteBuffers, of_group
+from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, aligned, tiles
 from headinfer.schedule import Schedule
 from headinfer.tiers import DeviceTier, HostTier
@@ -35,85 +34,6 @@ from headinfer.transfer import (
 
 TOGETHER_BYTES = 8 * 2**20
 """Outputs up to this size attend the newest tokens of all head groups in one call."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerSettings:
-    """What the plan decided.
-
-    Attributes:
-        staging: stage tiles through the ring; False attends host memory in place (CPU only).
-        slot_bytes: size of one staging slot.
-        num_slots: slots in the ring.
-        write_bytes: size of each of the two write-back buffers.
-        resident_heads: per layer, the KV heads that stay on the compute device.
-        resident_bytes: what they may take there; a layer that no longer fits is demoted. None for
-            no limit.
-        expected_tokens: length the sequence will reach, if known: memory is then exact.
-        host_bytes: host budget, None for no limit of our own.
-        kv_format: how offloaded keys and values are stored.
-        attention: implementation to insist on, or "auto".
-        poison: NaN-fill staging slots on release (for tests).
-    """
-
-    staging: bool
-    slot_bytes: int
-    num_slots: int
-    write_bytes: int
-    resident_heads: tuple[int, ...] = ()
-    resident_bytes: int | None = None
-    expected_tokens: int | None = None
-    host_bytes: int | None = None
-    kv_format: str = "exact"
-    attention: str = AUTO
-    poison: bool = False
-
-
-@dataclass(slots=True)
-class Layer:
-    """One layer's head ranges; together they cover its KV heads in order."""
-
-    index: int
-    shape: KVShape
-    device: torch.device
-    ranges: list[DirectHeads | OffloadedHeads]
-
-    @property
-    def length(self) -> int:
-        return self.ranges[0].store.length
-
-    @property
-    def batch(self) -> int:
-        return self.ranges[0].store.batch
-
-    @property
-    def offloaded(self) -> list[OffloadedHeads]:
-        return [heads for heads in self.ranges if isinstance(heads, OffloadedHeads)]
-
-    def offloaded_with(self, group: HeadGroup) -> OffloadedHeads:
-        """The offloaded range that `group` is part of."""
-        for heads in self.offloaded:
-            if heads.heads.start <= group.start and group.stop <= heads.heads.stop:
-                return heads
-        raise CacheStateError(f"layer {self.index} has no offloaded heads {group}")
-
-
-@dataclass(slots=True)
-class Stats:
-    """What a runner did and holds: bytes unless the name says tiles or heads."""
-
-    host_bytes: int = 0
-    resident_bytes: int = 0
-    staging_bytes: int = 0
-    tail_bytes: int = 0
-    loaded_bytes: int = 0
-    loaded_tiles: int = 0
-    dropped_tiles: int = 0
-    written_bytes: int = 0
-    demoted_heads: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Runner:
@@ -154,7 +74,7 @@ class Runner:
         layer = self.layers.get(index)
         if layer is None:
             layer = self.layers[index] = self._new_layer(index, k, v)
-        _check(layer, k, v)
+        check_fits(layer, k, v)
         self._forget_recent()
         self._current = layer
         before = layer.length
@@ -510,16 +430,3 @@ def _default_engine(device: torch.device) -> TransferEngine:
 def _query_heads(layer: Layer, query: Query, group: HeadGroup) -> tuple[int, int]:
     per_kv = query.q.shape[1] // layer.shape.num_kv_heads
     return group.start * per_kv, group.stop * per_kv
-
-
-def _check(layer: Layer, k: Tensor, v: Tensor) -> None:
-    found = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
-    if found != layer.shape:
-        raise CacheStateError(
-            f"layer {layer.index} holds {layer.shape} and is given {found}; use a new cache"
-        )
-    if k.device != layer.device:
-        raise CacheStateError(
-            f"layer {layer.index} attends on {layer.device} and is given keys on {k.device}; "
-            "use a new cache"
-        )

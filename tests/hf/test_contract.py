@@ -255,7 +255,7 @@ def test_batch_rows_are_rearranged_like_the_stock_cache_does(
     before = caches[0].stats()
     if tokens > 1024:
         with monkeypatch.context() as patch:
-            patch.setattr("headinfer.heads._Memory.allocate", no_allocation)
+            patch.setattr("headinfer.heads.memory.SegmentMemory.allocate", no_allocation)
             ROWS[change](caches[0])
     else:
         ROWS[change](caches[0])

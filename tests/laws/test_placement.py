@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from headinfer.attention.masks import Causal
 from headinfer.errors import CacheStateError
-from headinfer.runner import Runner, RunnerSettings
+from headinfer.layer import RunnerSettings
+from headinfer.runner import Runner
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
 from headinfer.totals import Query

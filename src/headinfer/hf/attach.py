@@ -29,13 +29,15 @@ from headinfer.budget import format_bytes
 from headinfer.errors import InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.attention import NAME, register
-from headinfer.hf.cache import CacheOptions, HeadCache, has_states, options_from
+from headinfer.hf.backing import CacheOptions, options_from
+from headinfer.hf.cache import HeadCache, has_states
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.prefill import prefill_of
 from headinfer.hf.preflight import preflight
-from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Options, Plan, make_plan
+from headinfer.layer import Stats
+from headinfer.options import Options
+from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
 from headinfer.progress import ForwardFinished, ForwardStarted, Observer
-from headinfer.runner import Stats
 
 _log = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ first update, when device, type and batch are known.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,130 +25,18 @@ from transformers.cache_utils import (
 )
 from typing_extensions import Unpack
 
-from headinfer.budget import MemoryBudget
-from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
-from headinfer.geometry import Geometry
+from headinfer.errors import CacheStateError
 from headinfer.hf.attention import register
-from headinfer.hf.geometry import geometry_of, layers_seen, resolve_budget
+from headinfer.hf.backing import Backing, CacheOptions, EngineFactory, options_from
+from headinfer.hf.geometry import geometry_of
 from headinfer.hf.handles import KVHandle, Origin
-from headinfer.plan import Options, Plan, make_plan
-from headinfer.runner import Runner, RunnerSettings, Stats
+from headinfer.layer import Stats
+from headinfer.plan import Plan
+from headinfer.runner import Runner
 from headinfer.totals import Query
-from headinfer.transfer import TransferEngine
-
-EngineFactory = Callable[[torch.device], TransferEngine]
 
 # With the cache at hand, model.set_attn_implementation("headinfer") has to work.
 register()
-
-
-class CacheOptions(TypedDict, total=False):
-    """Keyword arguments of `HeadCache` and `attach`; all optional, the plan chooses the rest.
-
-    Sizes are written "24GiB" or in bytes. See `headinfer.plan.Options` for the meaning of each.
-    """
-
-    gpu_memory: str | int | None
-    host_memory: str | int | None
-    chunk_tokens: int | None
-    kv_format: str
-    expected_tokens: int | None
-    on_unsupported: str
-    tile_bytes: str | int | None
-    num_slots: int | None
-    staging: bool | None
-    resident_heads: int | None
-    attention: str
-    poison: bool
-
-
-def options_from(given: CacheOptions) -> Options:
-    """The record behind the keyword arguments.
-
-    Raises:
-        InputError: an unknown name or an unusable value.
-    """
-    known = CacheOptions.__annotations__
-    for name in given:
-        if name not in known:
-            raise InputError(f"{name!r} is not an option; options: {', '.join(known)}")
-    from headinfer.budget import parse_bytes
-
-    rest: dict[str, Any] = dict(given)
-    budget = MemoryBudget.parse(rest.pop("gpu_memory", None), rest.pop("host_memory", None))
-    if rest.get("tile_bytes") is not None:
-        rest["tile_bytes"] = parse_bytes(rest["tile_bytes"], name="tile_bytes")
-    return Options(budget=budget, **rest)
-
-
-class Backing:
-    """What the layers of one cache share: options until the first update, then plan and runner.
-
-    Attributes:
-        length: tokens of the prompt and the most there may be, where `generate()` told.
-        plan: what was decided.
-        runner: where the bytes are.
-    """
-
-    def __init__(
-        self,
-        options: Options,
-        geometry: Geometry | None,
-        *,
-        latent: bool = False,
-        engine: EngineFactory | None = None,
-    ) -> None:
-        self.options = options
-        self.geometry = geometry
-        self.latent = latent
-        self.engine = engine
-        self.length: tuple[int, int] | None = None
-        self.plan: Plan | None = None
-        self.runner: Runner | None = None
-
-    def runner_for(self, key: Tensor, value: Tensor, layers: int) -> Runner:
-        """The runner; made by the first update of any layer."""
-        if self.runner is None:
-            geometry = self.geometry or layers_seen(layers, key, value)
-            geometry = replace(geometry, itemsize=key.element_size())
-            options = resolve_budget(self.options, key.device)
-            self.plan = self._make_plan(geometry, options, key.device.type, key.shape[0])
-            self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
-        return self.runner
-
-    def _make_plan(self, geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
-        if options.expected_tokens is not None or self.length is None:
-            return make_plan(geometry, options, device=device, batch=batch)
-        prompt, most = self.length
-        try:
-            likely = replace(options, expected_tokens=most)
-            return make_plan(geometry, likely, device=device, batch=batch)
-        except BudgetTooSmall:  # the prompt may fit even if the longest answer would not
-            least = replace(options, expected_tokens=prompt)
-            return make_plan(geometry, least, device=device, batch=batch)
-
-    def clone(self) -> Backing:
-        twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
-        twin.plan = self.plan
-        twin.runner = None if self.runner is None else self.runner.clone()
-        return twin
-
-
-def settings_of(plan: Plan, options: Options) -> RunnerSettings:
-    """What the runner needs of a plan."""
-    return RunnerSettings(
-        staging=plan.staging,
-        slot_bytes=plan.slot_bytes,
-        num_slots=plan.num_slots,
-        write_bytes=plan.write_bytes,
-        resident_heads=plan.resident_heads,
-        resident_bytes=plan.resident_bytes,
-        expected_tokens=plan.expected_tokens,
-        host_bytes=plan.budget.host_bytes,
-        kv_format=plan.kv_format,
-        attention=options.attention,
-        poison=options.poison,
-    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from headinfer.budget import MemoryBudget
 from headinfer.errors import UnsupportedModel
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
-from headinfer.plan import Options
+from headinfer.options import Options
 
 HOST_SHARE = 0.9
 """Of the host memory available now, what a run takes unless told otherwise."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 )
 
 from headinfer.errors import UnsupportedModel
-from headinfer.plan import Options
+from headinfer.options import Options
 
 _log = logging.getLogger(__name__)
 

@@ -1,54 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A range of KV heads of one layer and the memory its keys and values lie in.
-
-`DirectHeads` lie where the compute device reads them in place (resident on the GPU, or host
-memory when the CPU computes). `OffloadedHeads` lie in a tier that must be staged; their newest
-tokens wait in a tail on the compute device and go down in whole blocks. Neither attends.
-"""
+"""Heads in a tier compute cannot read, and the buffers their new tokens pass through."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headinfer.errors import TierFull
 from headinfer.formats import KVFormat
-from headinfer.layout import BLOCK_TOKENS, Extent, HeadGroup, Span, Tile, aligned
-from headinfer.store import Run, Segment, SpanStore, Write
+from headinfer.heads.memory import KVShape, Piece, SegmentMemory, clip
+from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
+from headinfer.store import Run, SpanStore, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
 
 CACHED_VIEWS = 64
 """Slots are few and tiles of a pass have few shapes: their views are made once."""
-
-PERMUTE_TOKENS = 8 * BLOCK_TOKENS
-"""A reordering rewrites directly held segments up to this size instead of mapping their rows."""
-
-
-class KVShape(NamedTuple):
-    """What is the same for every token of a layer."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    def token_bytes(self, batch: int) -> int:
-        """Bytes of one token of one head, keys and values, all batch rows."""
-        return batch * (self.key_dim + self.value_dim) * self.dtype.itemsize
-
-
-class Piece(NamedTuple):
-    """Keys and values [b, h, t, d] of the tokens from `start` on, readable by compute."""
-
-    start: int
-    k: Tensor
-    v: Tensor
 
 
 class WriteBuffers:
@@ -72,130 +42,6 @@ class WriteBuffers:
     def release(self, index: int, after: Ticket) -> None:
         """The buffer is free once `after` is done."""
         self._free_after[index] = after
-
-
-class _Memory:
-    """Extents of segments: keys [heads, rows, capacity, key_dim], then values."""
-
-    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup) -> None:
-        self.tier = tier
-        self.shape = shape
-        self.heads = heads
-        self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
-
-    def allocate(self, key: int, rows: int, capacity: int) -> None:
-        """Raises TierFull when the tier's budget does not allow it."""
-        shape, count = self.shape, self.heads.heads * rows * capacity
-        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
-        extent = self.tier.allocate(k_bytes + count * shape.value_dim * shape.dtype.itemsize)
-        leading = (self.heads.heads, rows, capacity)
-        k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
-        v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
-        self.segments[key] = extent, k, v
-
-    def allocate_all(self, segments: Sequence[Segment]) -> None:
-        """All or none."""
-        done: list[int] = []
-        try:
-            for segment in segments:
-                self.allocate(segment.key, segment.rows, segment.capacity)
-                done.append(segment.key)
-        except TierFull:
-            self.free(done)
-            raise
-
-    def free(self, keys: Sequence[int]) -> None:
-        for key in keys:
-            self.tier.free(self.segments.pop(key)[0])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(extent.nbytes for extent, _, _ in self.segments.values())
-
-    def clone_into(self, other: _Memory) -> None:
-        for key, (_, k, v) in self.segments.items():
-            other.allocate(key, k.shape[1], k.shape[2])
-            _, other_k, other_v = other.segments[key]
-            other_k.copy_(k)
-            other_v.copy_(v)
-
-
-class DirectHeads:
-    """Heads attended where they lie; every token is stored at once."""
-
-    def __init__(
-        self, tier: Tier, shape: KVShape, heads: HeadGroup, *, expected_tokens: int | None
-    ) -> None:
-        self.heads = heads
-        self.shape = shape
-        self.store = SpanStore(block_tokens=1)
-        if expected_tokens is not None:
-            self.store.reserve(expected_tokens)
-        self._memory = _Memory(tier, shape, heads)
-
-    @property
-    def stored_bytes(self) -> int:
-        return self._memory.nbytes
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store k, v [b, h of the range, t, d]."""
-        batch = k.shape[0]
-        append = self.store.prepare_append(k.shape[2], batch=batch)
-        try:
-            self._memory.allocate_all(append.new_segments)
-        except TierFull:
-            append = self.store.prepare_append(k.shape[2], batch=batch, spare=False)
-            self._memory.allocate_all(append.new_segments)
-        for write in append.writes:
-            _, stored_k, stored_v = self._memory.segments[write.key]
-            there = slice(write.offset, write.offset + write.tokens)
-            here = slice(write.source, write.source + write.tokens)
-            stored_k[:, :, there].copy_(k[:, :, here].transpose(0, 1))
-            stored_v[:, :, there].copy_(v[:, :, here].transpose(0, 1))
-        self.store.commit_append(append, batch=batch)
-
-    def pieces(self, length: int) -> Iterator[Piece]:
-        """Everything in [0, length), in place; only reordered rows are gathered."""
-        for run in self.store.runs(Span(0, length)):
-            _, k, v = self._memory.segments[run.key]
-            there = slice(run.offset, run.offset + run.span.tokens)
-            rows_k, rows_v = k[:, :, there], v[:, :, there]
-            if run.row_map is not None:
-                rows = torch.tensor(run.row_map, device=k.device)
-                rows_k, rows_v = rows_k.index_select(1, rows), rows_v.index_select(1, rows)
-            yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
-
-    def crop(self, length: int) -> None:
-        crop = self.store.prepare_crop(length)
-        self.store.commit_crop(crop)
-        self._memory.free(crop.free)
-
-    def reorder(self, index: Sequence[int]) -> None:
-        self.store.reorder(index)
-        for segment in self.store.segments:
-            if segment.row_map is None or segment.filled > PERMUTE_TOKENS:
-                continue
-            held = extent, k, v = self._memory.segments.pop(segment.key)
-            rows = torch.tensor(segment.row_map, device=k.device)
-            try:
-                self._memory.allocate(segment.key, len(segment.row_map), segment.capacity)
-            except TierFull:  # no room to rewrite it: its rows stay mapped
-                self._memory.segments[segment.key] = held
-                continue
-            _, new_k, new_v = self._memory.segments[segment.key]
-            new_k[:, :, : segment.filled] = k[:, :, : segment.filled].index_select(1, rows)
-            new_v[:, :, : segment.filled] = v[:, :, : segment.filled].index_select(1, rows)
-            self._memory.tier.free(extent)
-            self.store.replaced(segment.key, rows=len(segment.row_map))
-
-    def clear(self) -> None:
-        self._memory.free(self.store.clear())
-
-    def clone(self, tier: Tier) -> DirectHeads:
-        twin = DirectHeads(tier, self.shape, self.heads, expected_tokens=None)
-        twin.store = copy.deepcopy(self.store)
-        self._memory.clone_into(twin._memory)
-        return twin
 
 
 class OffloadedHeads:
@@ -226,7 +72,7 @@ class OffloadedHeads:
             self.store.reserve(expected_tokens)
         self.recent: list[Piece] | None = None
         self.written_bytes = 0
-        self._memory = _Memory(tier, shape, heads)
+        self._memory = SegmentMemory(tier, shape, heads)
         self._engine = engine
         self._device = device
         self._format = fmt
@@ -284,7 +130,7 @@ class OffloadedHeads:
             if self._tail is None or not self.store.tail:
                 return []
             pieces = [_tail_piece(self.store.stored, *self._tail, self.store.tail)]
-        return [_clip(piece, length) for piece in pieces if piece.start < length]
+        return [clip(piece, length) for piece in pieces if piece.start < length]
 
     def prefix(self, length: int) -> int:
         """Stored tokens that attention over [0, length) reads from the tier."""
@@ -474,15 +320,3 @@ def _tail_piece(start: int, tail_k: Tensor, tail_v: Tensor, tokens: int) -> Piec
     return Piece(
         start, tail_k[:, :, :tokens].transpose(0, 1), tail_v[:, :, :tokens].transpose(0, 1)
     )
-
-
-def _clip(piece: Piece, length: int) -> Piece:
-    keep = length - piece.start
-    if keep >= piece.k.shape[2]:
-        return piece
-    return Piece(piece.start, piece.k[:, :, :keep], piece.v[:, :, :keep])
-
-
-def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
-    mine = slice(group.start - heads.start, group.stop - heads.start)
-    return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])

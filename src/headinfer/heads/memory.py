@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranges of heads have in common: a layer's shape, pieces of the context, extents by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headinfer.errors import TierFull
+from headinfer.layout import Extent, HeadGroup, aligned
+from headinfer.store import Segment
+from headinfer.tiers import Tier
+
+
+class KVShape(NamedTuple):
+    """What is the same for every token of a layer."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    def token_bytes(self, batch: int) -> int:
+        """Bytes of one token of one head, keys and values, all batch rows."""
+        return batch * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """Keys and values [b, h, t, d] of the tokens from `start` on, readable by compute."""
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+
+def clip(piece: Piece, length: int) -> Piece:
+    keep = length - piece.start
+    if keep >= piece.k.shape[2]:
+        return piece
+    return Piece(piece.start, piece.k[:, :, :keep], piece.v[:, :, :keep])
+
+
+def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
+    mine = slice(group.start - heads.start, group.stop - heads.start)
+    return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])
+
+
+class SegmentMemory:
+    """Extents of segments: keys [heads, rows, capacity, key_dim], then values."""
+
+    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup) -> None:
+        self.tier = tier
+        self.shape = shape
+        self.heads = heads
+        self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
+
+    def allocate(self, key: int, rows: int, capacity: int) -> None:
+        """Raises TierFull when the tier's budget does not allow it."""
+        shape, count = self.shape, self.heads.heads * rows * capacity
+        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
+        extent = self.tier.allocate(k_bytes + count * shape.value_dim * shape.dtype.itemsize)
+        leading = (self.heads.heads, rows, capacity)
+        k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
+        v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
+        self.segments[key] = extent, k, v
+
+    def allocate_all(self, segments: Sequence[Segment]) -> None:
+        """All or none."""
+        done: list[int] = []
+        try:
+            for segment in segments:
+                self.allocate(segment.key, segment.rows, segment.capacity)
+                done.append(segment.key)
+        except TierFull:
+            self.free(done)
+            raise
+
+    def free(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self.tier.free(self.segments.pop(key)[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent, _, _ in self.segments.values())
+
+    def clone_into(self, other: SegmentMemory) -> None:
+        for key, (_, k, v) in self.segments.items():
+            other.allocate(key, k.shape[1], k.shape[2])
+            _, other_k, other_v = other.segments[key]
+            other_k.copy_(k)
+            other_v.copy_(v)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records of a run: what the plan decided, one layer's head ranges, what was held and moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headinfer.attention.api import AUTO
+from headinfer.errors import CacheStateError
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads
+from headinfer.layout import HeadGroup
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSettings:
+    """What the plan decided.
+
+    Attributes:
+        staging: stage tiles through the ring; False attends host memory in place (CPU only).
+        slot_bytes: size of one staging slot.
+        num_slots: slots in the ring.
+        write_bytes: size of each of the two write-back buffers.
+        resident_heads: per layer, the KV heads that stay on the compute device.
+        resident_bytes: what they may take there; a layer that no longer fits is demoted. None for
+            no limit.
+        expected_tokens: length the sequence will reach, if known: memory is then exact.
+        host_bytes: host budget, None for no limit of our own.
+        kv_format: how offloaded keys and values are stored.
+        attention: implementation to insist on, or "auto".
+        poison: NaN-fill staging slots on release (for tests).
+    """
+
+    staging: bool
+    slot_bytes: int
+    num_slots: int
+    write_bytes: int
+    resident_heads: tuple[int, ...] = ()
+    resident_bytes: int | None = None
+    expected_tokens: int | None = None
+    host_bytes: int | None = None
+    kv_format: str = "exact"
+    attention: str = AUTO
+    poison: bool = False
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer's head ranges; together they cover its KV heads in order."""
+
+    index: int
+    shape: KVShape
+    device: torch.device
+    ranges: list[DirectHeads | OffloadedHeads]
+
+    @property
+    def length(self) -> int:
+        return self.ranges[0].store.length
+
+    @property
+    def batch(self) -> int:
+        return self.ranges[0].store.batch
+
+    @property
+    def offloaded(self) -> list[OffloadedHeads]:
+        return [heads for heads in self.ranges if isinstance(heads, OffloadedHeads)]
+
+    def offloaded_with(self, group: HeadGroup) -> OffloadedHeads:
+        """The offloaded range that `group` is part of."""
+        for heads in self.offloaded:
+            if heads.heads.start <= group.start and group.stop <= heads.heads.stop:
+                return heads
+        raise CacheStateError(f"layer {self.index} has no offloaded heads {group}")
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a runner did and holds: bytes unless the name says tiles or heads."""
+
+    host_bytes: int = 0
+    resident_bytes: int = 0
+    staging_bytes: int = 0
+    tail_bytes: int = 0
+    loaded_bytes: int = 0
+    loaded_tiles: int = 0
+    dropped_tiles: int = 0
+    written_bytes: int = 0
+    demoted_heads: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def check_fits(layer: Layer, k: Tensor, v: Tensor) -> None:
+    found = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
+    if found != layer.shape:
+        raise CacheStateError(
+            f"layer {layer.index} holds {layer.shape} and is given {found}; use a new cache"
+        )
+    if k.device != layer.device:
+        raise CacheStateError(
+            f"layer {layer.index} attends on {layer.device} and is given keys on {k.device}; "
+            "use a new cache"
+        )

@@ -33,6 +33,8 @@ def test_a_signal_stops_it_and_restores_the_terminal(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=theirs,
+        # A test run started in the background ignores interrupts, and its children would too.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)  # it is generating

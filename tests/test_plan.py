@@ -120,6 +120,15 @@ def test_without_a_length_heads_start_resident_within_the_budget():
     assert none.gpu_bytes < 18 * GIB
 
 
+@pytest.mark.parametrize("tokens", [1000, 8192, 65536, 131072])
+def test_residents_have_a_limit_within_the_budget_at_any_length(tokens):
+    plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=tokens), device="cuda")
+    others = plan.gpu_bytes - plan.gpu_parts.get("resident heads", 0)
+    assert plan.resident_bytes is not None
+    assert plan.gpu_parts.get("resident heads", 0) <= plan.resident_bytes
+    assert others + plan.resident_bytes <= 24 * GIB + MIB
+
+
 def test_residents_are_spread_evenly():
     plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=131072), device="cuda")
     assert 0 < plan.offloaded_heads < 256

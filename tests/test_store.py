@@ -62,7 +62,9 @@ class Ledger(RuleBasedStateMachine):
             del self.memory[key]
         for segment in self.store.segments:
             for row in self.memory[segment.key]:
-                row[segment.filled :] = [None] * (segment.capacity - segment.filled)
+                first = segment.offset + segment.filled
+                last = segment.offset + segment.capacity
+                row[first:last] = [None] * (last - first)
         self.tail, self.rows = kept_tail, [row[:length] for row in self.rows]
 
     @precondition(lambda self: self.rows[0])

@@ -28,6 +28,7 @@ class RunnerSettings:
             no limit.
         expected_tokens: length the sequence will reach, if known: memory is then exact.
         host_bytes: host budget, None for no limit of our own.
+        wanted_bytes: host memory the whole request would take, for the message when less is there.
         kv_format: how offloaded keys and values are stored.
         attention: implementation to insist on, or "auto".
         poison: NaN-fill staging slots on release (for tests).
@@ -41,6 +42,7 @@ class RunnerSettings:
     resident_bytes: int | None = None
     expected_tokens: int | None = None
     host_bytes: int | None = None
+    wanted_bytes: int = 0
     kv_format: str = "exact"
     attention: str = AUTO
     poison: bool = False

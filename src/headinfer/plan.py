@@ -13,7 +13,7 @@ from typing import Any
 from headinfer.budget import MIB, MemoryBudget, format_bytes
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
-from headinfer.layout import BLOCK_TOKENS, aligned
+from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
 
 GPU_CHUNK_TOKENS = 8192
@@ -326,7 +326,18 @@ def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:
     parts = dict(plan.gpu_parts)
     if size:
         parts["resident heads"] = size
-    return replace(plan, resident_heads=residents, gpu_parts=parts, reasons=(*plan.reasons, reason))
+    limit = None
+    if plan.budget.gpu_bytes is not None:
+        # Longer than planned, they may grow to the budget; keys and values are aligned per layer.
+        padding = 2 * ALIGNMENT * len(plan.geometry.layers)
+        limit = max(plan.budget.gpu_bytes - plan.gpu_bytes, size) + padding
+    return replace(
+        plan,
+        resident_heads=residents,
+        resident_bytes=limit,
+        gpu_parts=parts,
+        reasons=(*plan.reasons, reason),
+    )
 
 
 def _with_host(plan: Plan) -> Plan:

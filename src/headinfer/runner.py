@@ -163,7 +163,8 @@ class Runner:
         # Small outputs are merged once per layer rather than once per tile: decode would
         # otherwise spend its time launching kernels.
         streamed = bool(wanted) and wanted[0].group.stop <= heads.heads.stop
-        collect = out[:, :, : heads.heads.heads].numel() * 4 <= TOGETHER_BYTES or not streamed
+        size = out[:, :, mine[0] : mine[1]].numel() * 4
+        collect = size <= TOGETHER_BYTES or not streamed
         newest = Total(query, q, mine, self._impl, collect)
         if collect:
             for piece in recent:
@@ -232,7 +233,10 @@ class Runner:
         twin = Runner(self.settings, engine=self._engine_for)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
-            ranges = [heads.clone(twin._tier(heads, layer.device)) for heads in layer.ranges]
+            engine = twin._engines[layer.device]
+            ranges = [
+                heads.clone(twin._tier(heads, layer.device), engine) for heads in layer.ranges
+            ]
             twin.layers[index] = Layer(index, layer.shape, layer.device, ranges)
         return twin
 
@@ -399,7 +403,11 @@ class Runner:
     def _host_tier(self) -> HostTier:
         if self._host is None:
             pin = any(device.type == "cuda" for device in self._engines)
-            self._host = HostTier(budget_bytes=self.settings.host_bytes, pin=pin)
+            self._host = HostTier(
+                budget_bytes=self.settings.host_bytes,
+                pin=pin,
+                wanted_bytes=self.settings.wanted_bytes,
+            )
         return self._host
 
     def _device_tier(self, device: torch.device) -> DeviceTier:

@@ -4,7 +4,8 @@
 Bookkeeping only: it hands out what to copy where and is told when that is done (prepare, then
 commit), and holds no bytes. Tokens `[0, stored)` lie in segments, `[stored, length)` in the tail;
 `stored` grows in whole blocks. A batch reordering (beam search) does not copy a segment: it
-changes the segment's map from batch rows to the rows as written, and closes it for appending.
+changes the segment's map from batch rows to the rows as written, and closes it for appending;
+what room it has left becomes a segment of its own in the same memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Segment:
     """A run of tokens in one extent per head range.
 
     Attributes:
-        key: names the segment's memory; never reused within a store.
+        key: names the memory, shared with segments split off it; never reused within a store.
+        offset: first token's place in that memory.
         start: first token.
         capacity: tokens there is room for.
         filled: tokens written (or being written).
@@ -36,6 +38,7 @@ class Segment:
     filled: int
     rows: int
     row_map: tuple[int, ...] | None = None
+    offset: int = 0
 
     @property
     def stop(self) -> int:
@@ -147,7 +150,8 @@ class SpanStore:
                 segments.append(last)
                 new.append(last)
             count = min(target - position, last.capacity - last.filled)
-            writes.append(Write(last.key, last.filled, position - self.stored, count))
+            place = last.offset + last.filled
+            writes.append(Write(last.key, place, position - self.stored, count))
             segments[-1] = replace(last, filled=last.filled + count)
             position += count
         return Append(
@@ -183,12 +187,11 @@ class SpanStore:
             return Crop(length, Span(length, length), (), tuple(self.segments))
         stored = length // self.block_tokens * self.block_tokens
         kept: list[Segment] = []
-        free: list[int] = []
         for segment in self.segments:
-            if segment.start >= stored:
-                free.append(segment.key)
-            else:
+            if segment.start < stored:
                 kept.append(replace(segment, filled=min(segment.filled, stored - segment.start)))
+        held = {segment.key for segment in kept}
+        free = dict.fromkeys(s.key for s in self.segments if s.key not in held)
         return Crop(length, Span(stored, length), tuple(free), tuple(kept))
 
     def commit_crop(self, crop: Crop) -> None:
@@ -210,24 +213,25 @@ class SpanStore:
             raise CacheStateError(f"row index {list(index)} outside a batch of {self.batch}")
         if tuple(index) == tuple(range(self.batch)):
             return
-        self.segments = [
-            replace(segment, row_map=_compose(segment.row_map, index)) for segment in self.segments
-        ]
+        self.segments = [part for segment in self.segments for part in _mapped(segment, index)]
         self.batch = len(index)
         self.epoch += 1
         self._reordered = True
 
-    def replaced(self, key: int, *, rows: int) -> None:
-        """Segment `key` was rewritten in the order of today's batch rows."""
-        self.segments = [
-            replace(segment, rows=rows, row_map=None) if segment.key == key else segment
-            for segment in self.segments
-        ]
+    def rewritten(self, segment: Segment) -> None:
+        """`segment`'s rows were rewritten in today's order: it is open again, with the room that
+        was split off it."""
+        place = self.segments.index(segment)
+        rest = self.segments[place + 1 : place + 2]
+        room = segment.filled
+        if rest and rest[0].key == segment.key and not rest[0].filled:
+            room += self.segments.pop(place + 1).capacity
+        self.segments[place] = replace(segment, row_map=None, capacity=room)
         self.epoch += 1
 
     def clear(self) -> tuple[int, ...]:
         """Forget everything; returns the keys of the segments to free."""
-        keys = tuple(segment.key for segment in self.segments)
+        keys = tuple(dict.fromkeys(segment.key for segment in self.segments))
         self.segments, self.length, self.stored, self.batch = [], 0, 0, 0
         self.epoch += 1
         self._reordered = False
@@ -243,7 +247,7 @@ class SpanStore:
         for segment in self.segments:
             part = Span(segment.start, segment.stop).clip(span)
             if part.tokens:
-                offset = part.start - segment.start
+                offset = segment.offset + part.start - segment.start
                 found.append(Run(segment.key, offset, part, segment.row_map))
         if sum(run.span.tokens for run in found) != span.tokens:
             raise CacheStateError(f"tokens {span} are not all stored; {self.stored} are")
@@ -259,14 +263,32 @@ class SpanStore:
             return needed
         if self.reserved - start >= needed and not self._reordered:
             return self.reserved - start
-        if self.block_tokens == 1:
+        if self.block_tokens == 1 and not self._reordered:
             # Attended segment by segment: few of them, each half of what there was before.
             return max(needed, self.grow_tokens, start // 2)
-        # After a reordering a segment closes at the next one: room beyond the need is lost.
-        if self._reordered:
+        if self.block_tokens > 1 and self._reordered:
             return needed
         # A large append is a prefill chunk, and the next one opens its own segment.
         return max(needed, self.grow_tokens)
+
+
+def _mapped(segment: Segment, index: Sequence[int]) -> tuple[Segment, ...]:
+    """`segment` seen through `index`, and the room it had left."""
+    if not segment.filled:
+        return (segment,)
+    closed = replace(segment, row_map=_compose(segment.row_map, index), capacity=segment.filled)
+    room = segment.capacity - segment.filled
+    if not room or segment.row_map is not None or segment.rows != len(index):
+        return (closed,)
+    rest = Segment(
+        key=segment.key,
+        start=segment.stop,
+        capacity=room,
+        filled=0,
+        rows=segment.rows,
+        offset=segment.offset + segment.filled,
+    )
+    return closed, rest
 
 
 def _compose(row_map: tuple[int, ...] | None, index: Sequence[int]) -> tuple[int, ...]:

@@ -154,12 +154,14 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
         data.draw(st.sampled_from([1, 2, 127, 128, 129, 300, 700]), label="prompt"), batch
     )
     for _ in range(data.draw(st.integers(0, 6), label="steps")):
-        kind = data.draw(st.sampled_from(["decode", "chunk", "crop", "reorder"]), label="what")
+        kind = data.draw(st.sampled_from(["decode", "chunk", "crop", "reorder", "clone"]), label="what")
         if kind == "decode":
             for _ in range(data.draw(st.integers(1, 4), label="tokens")):
                 driver.forward(1, batch)
         elif kind == "chunk":
             driver.forward(data.draw(st.sampled_from([5, 64, 128, 257]), label="chunk"), batch)
+        elif kind == "clone":
+            driver.runner = driver.runner.clone()
         elif kind == "crop" and driver.length > 1:
             driver.crop(data.draw(st.integers(1, driver.length), label="keep"))
         elif kind == "reorder":
@@ -169,7 +171,7 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
             driver.reorder(rows)
             batch = len(rows)
     driver.finish()
-    runner.close()
+    driver.runner.close()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -292,6 +294,19 @@ def test_host_memory_is_exact_when_the_length_is_known():
         driver.forward(tokens, 1)
     stored = 896  # whole blocks of 128; the rest is the tail
     assert runner.stats().host_bytes == stored * LAYERS * 2 * 2 * 16 * 4
+
+
+def test_reordering_takes_no_memory_beyond_the_reservation():
+    """Beam search: every step maps rows, and the room left in a segment stays usable."""
+    for placement, stored in (("in place", 1000), ("staged", 896)):
+        runner = make_runner("cpu", placement=placement, expected_tokens=1000)
+        driver = Driver(runner, "cpu")
+        driver.forward(600, 2)
+        for step in range(40):
+            driver.reorder([1, 0] if step % 2 else [0, 0])
+            driver.forward(10, 2)
+        driver.finish()
+        assert runner.stats().host_bytes == 2 * stored * LAYERS * 2 * 2 * 16 * 4
 
 
 def test_a_clone_is_independent():

@@ -87,8 +87,9 @@ class Padding:
         if missing > 0:  # a mask shorter than the keys hides the rest
             visible = torch.nn.functional.pad(visible, (0, missing))
         self.visible = visible[:, :length]
-        hidden = (~self.visible).any(dim=0).nonzero().flatten().tolist()
-        self.hull = (hidden[0], hidden[-1] + 1) if hidden else (0, 0)
+        hidden = (~self.visible).any(dim=0).nonzero().flatten()
+        first, last = torch.stack([hidden[0], hidden[-1]]).tolist() if len(hidden) else (0, -1)
+        self.hull = (first, last + 1)
 
     @property
     def hides(self) -> bool:

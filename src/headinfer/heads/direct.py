@@ -14,9 +14,13 @@ from headinfer.heads.memory import KVShape, Piece, SegmentMemory
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span
 from headinfer.store import SpanStore
 from headinfer.tiers import Tier
+from headinfer.transfer import TransferEngine
 
 PERMUTE_TOKENS = 8 * BLOCK_TOKENS
 """A reordering rewrites segments up to this size instead of mapping their rows."""
+
+GATHER_BYTES = 32 * 2**20
+"""Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
 
 
 class DirectHeads:
@@ -59,10 +63,19 @@ class DirectHeads:
             _, k, v = self._memory.segments[run.key]
             there = slice(run.offset, run.offset + run.span.tokens)
             rows_k, rows_v = k[:, :, there], v[:, :, there]
-            if run.row_map is not None:
-                rows = torch.tensor(run.row_map, device=k.device)
-                rows_k, rows_v = rows_k.index_select(1, rows), rows_v.index_select(1, rows)
-            yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
+            if run.row_map is None:
+                yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
+                continue
+            rows = torch.tensor(run.row_map, device=k.device)
+            per_token = self.heads.heads * self.shape.token_bytes(len(run.row_map))
+            step = max(1, GATHER_BYTES // per_token)
+            for start in range(0, run.span.tokens, step):
+                part = slice(start, start + step)
+                yield Piece(
+                    run.span.start + start,
+                    rows_k[:, :, part].index_select(1, rows).transpose(0, 1),
+                    rows_v[:, :, part].index_select(1, rows).transpose(0, 1),
+                )
 
     def crop(self, length: int) -> None:
         crop = self.store.prepare_crop(length)
@@ -71,26 +84,22 @@ class DirectHeads:
 
     def reorder(self, index: Sequence[int]) -> None:
         self.store.reorder(index)
-        for segment in self.store.segments:
-            if segment.row_map is None or segment.filled > PERMUTE_TOKENS:
+        for segment in list(self.store.segments):
+            same_batch = segment.row_map is not None and segment.rows == len(segment.row_map)
+            if not same_batch or segment.filled > PERMUTE_TOKENS:
                 continue
-            held = extent, k, v = self._memory.segments.pop(segment.key)
+            _, k, v = self._memory.segments[segment.key]
             rows = torch.tensor(segment.row_map, device=k.device)
-            try:
-                self._memory.allocate(segment.key, len(segment.row_map), segment.capacity)
-            except TierFull:  # no room to rewrite it: its rows stay mapped
-                self._memory.segments[segment.key] = held
-                continue
-            _, new_k, new_v = self._memory.segments[segment.key]
-            new_k[:, :, : segment.filled] = k[:, :, : segment.filled].index_select(1, rows)
-            new_v[:, :, : segment.filled] = v[:, :, : segment.filled].index_select(1, rows)
-            self._memory.tier.free(extent)
-            self.store.replaced(segment.key, rows=len(segment.row_map))
+            there = slice(segment.offset, segment.offset + segment.filled)
+            for stored in (k, v):
+                stored[:, :, there] = stored[:, :, there].index_select(1, rows)
+            self.store.rewritten(segment)
 
     def clear(self) -> None:
         self._memory.free(self.store.clear())
 
-    def clone(self, tier: Tier) -> DirectHeads:
+    def clone(self, tier: Tier, engine: TransferEngine) -> DirectHeads:
+        """An independent copy in `tier`; nothing is under way, so `engine` is not needed."""
         twin = DirectHeads(tier, self.shape, self.heads, expected_tokens=None)
         twin.store = copy.deepcopy(self.store)
         self._memory.clone_into(twin._memory)

@@ -192,13 +192,14 @@ class OffloadedHeads:
         self._view_cache.clear()
         self._memory.free(self.store.clear())
 
-    def clone(self, tier: Tier) -> OffloadedHeads:
+    def clone(self, tier: Tier, engine: TransferEngine) -> OffloadedHeads:
+        """An independent copy in `tier`, moved from now on by `engine`, the copy's own."""
         self._engine.drain()
         twin = OffloadedHeads(
             tier,
             self.shape,
             self.heads,
-            engine=self._engine,
+            engine=engine,
             device=self._device,
             fmt=self._format,
             expected_tokens=None,

@@ -65,6 +65,7 @@ class Backing:
 
     Attributes:
         length: tokens of the prompt and the most there may be, where `generate()` told.
+        wanted_bytes: host memory the longest answer would take, where only less is planned.
         plan: what was decided.
         runner: where the bytes are.
     """
@@ -82,6 +83,7 @@ class Backing:
         self.latent = latent
         self.engine = engine
         self.length: tuple[int, int] | None = None
+        self.wanted_bytes = 0
         self.plan: Plan | None = None
         self.runner: Runner | None = None
 
@@ -92,7 +94,8 @@ class Backing:
             geometry = replace(geometry, itemsize=key.element_size())
             options = resolve_budget(self.options, key.device)
             self.plan = self._make_plan(geometry, options, key.device.type, key.shape[0])
-            self.runner = Runner(settings_of(self.plan, self.options), engine=self.engine)
+            settings = settings_of(self.plan, self.options, self.wanted_bytes)
+            self.runner = Runner(settings, engine=self.engine)
         return self.runner
 
     def _make_plan(self, geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
@@ -102,9 +105,14 @@ class Backing:
         try:
             likely = replace(options, expected_tokens=most)
             return make_plan(geometry, likely, device=device, batch=batch)
-        except BudgetTooSmall:  # the prompt may fit even if the longest answer would not
+        except BudgetTooSmall as whole:  # the prompt may fit even if the longest answer would not
             least = replace(options, expected_tokens=prompt)
-            return make_plan(geometry, least, device=device, batch=batch)
+            try:
+                plan = make_plan(geometry, least, device=device, batch=batch)
+            except BudgetTooSmall:
+                raise whole from None
+            self.wanted_bytes = whole.needed_bytes if whole.tier == "host" else 0
+            return plan
 
     def clone(self) -> Backing:
         twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
@@ -113,7 +121,7 @@ class Backing:
         return twin
 
 
-def settings_of(plan: Plan, options: Options) -> RunnerSettings:
+def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettings:
     """What the runner needs of a plan."""
     return RunnerSettings(
         staging=plan.staging,
@@ -124,6 +132,7 @@ def settings_of(plan: Plan, options: Options) -> RunnerSettings:
         resident_bytes=plan.resident_bytes,
         expected_tokens=plan.expected_tokens,
         host_bytes=plan.budget.host_bytes,
+        wanted_bytes=wanted_bytes,
         kv_format=plan.kv_format,
         attention=options.attention,
         poison=options.poison,

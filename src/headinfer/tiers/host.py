@@ -27,6 +27,7 @@ class HostTier:
     """Extents in host memory, at most `budget_bytes` in all (None: what the system gives).
 
     Attributes:
+        wanted_bytes: what is known to be asked for in all; a full tier names at least that.
         pin: extents are page-locked for a CUDA device.
         pin_failure: why page-locking was given up, None while it works.
         used_bytes: allocated now.
@@ -34,8 +35,11 @@ class HostTier:
 
     name = "host"
 
-    def __init__(self, *, budget_bytes: int | None = None, pin: bool = False) -> None:
+    def __init__(
+        self, *, budget_bytes: int | None = None, pin: bool = False, wanted_bytes: int = 0
+    ) -> None:
         self.budget_bytes = budget_bytes
+        self.wanted_bytes = wanted_bytes
         self.pin = pin
         self.pin_failure: str | None = None
         self.used_bytes = 0
@@ -83,7 +87,7 @@ class HostTier:
         self._closed = True
 
     def _full(self, size: int, why: str) -> TierFull:
-        needed = self.used_bytes + size
+        needed = max(self.used_bytes + size, self.wanted_bytes)
         return TierFull(
             f"keys and values need {format_bytes(size)} more host memory: "
             f"{format_bytes(self.used_bytes)} are used {why}; raise host_memory to {needed} bytes "

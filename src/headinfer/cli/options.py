@@ -58,6 +58,7 @@ Model = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
+        "--device",  # named: typer 0.27 makes the name from a metavar that equals it
         metavar="DEVICE",
         help="cpu, cuda or cuda:N. Default: cuda where there is one.",
         show_default=False,

@@ -244,6 +244,14 @@ def main() -> None:
         for offloading in (True, False) if device == "cuda" else ():
             row = stock(model, tokens, args.stock_tokens, offloading=offloading)
             keep(report, row, args.out)
+    over = [
+        row["tokens"]
+        for row in report["rows"]
+        if row.get("gpu_peak_predicted_bytes", 0)
+        and row["gpu_peak_allocated_bytes"] > row["gpu_peak_predicted_bytes"]
+    ]
+    if over or not all(rule["holds"] for rule in report["exactness"]["rule"].values()):
+        raise SystemExit(f"peak above prediction at {over}, or logits beyond the rule")
     for row in report["rows"]:
         if row["contestant"] != "headinfer":
             continue

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import headinfer
-from headinfer.errors import BudgetTooSmall, TierFull
+from headinfer.errors import BudgetTooSmall, InputError, TierFull
+from headinfer.progress import ForwardStarted
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dim, float32
 
@@ -81,7 +84,7 @@ def test_a_prompt_that_fits_runs_even_if_the_longest_answer_would_not(model):
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(model):
     with headinfer.attach(model, host_memory=200 * TOKEN_BYTES):
-        with pytest.raises(BudgetTooSmall, match="at 300 tokens does not fit") as caught:
+        with pytest.raises(BudgetTooSmall, match="at 308 tokens does not fit") as caught:
             generate(model, 300)
     with headinfer.attach(model, host_memory=caught.value.needed_bytes):
         generate(model, 300, new=1)
@@ -97,3 +100,80 @@ def test_a_dropped_cache_frees_its_memory_at_once(model):
             assert host() is None
     finally:
         gc.enable()
+
+
+def test_a_copy_of_an_attached_model_is_a_plain_model(model):
+    stock = copy.deepcopy(model)
+    with headinfer.attach(model) as run:
+        twin = copy.deepcopy(model)
+        for weights in (twin, stock):
+            torch.nn.init.zeros_(weights.get_output_embeddings().weight[:50].data)
+            torch.nn.init.constant_(weights.model.norm.weight, -0.5)
+        assert torch.equal(generate(twin), generate(stock))
+        assert not torch.equal(generate(twin), generate(model))
+        assert run.plan is not None
+        assert twin.config._attn_implementation == stock.config._attn_implementation
+        assert model.config._attn_implementation == "headinfer"
+        with headinfer.attach(twin) as other:
+            assert torch.equal(generate(twin), generate(stock))
+            assert other.cache is not run.cache
+    assert torch.equal(generate(twin), generate(stock))
+
+
+def test_an_attached_model_cannot_be_pickled(model):
+    with headinfer.attach(model), pytest.raises(InputError, match="Close the session first"):
+        pickle.dumps(model)
+    pickle.loads(pickle.dumps(model))
+
+
+def test_nothing_of_a_session_is_saved(model, tmp_path):
+    with headinfer.attach(model, chunk_tokens=64):
+        model.save_pretrained(tmp_path)
+    saved = "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    assert "prefill_chunk_size" not in saved
+    assert "headinfer" not in saved
+
+
+class Lengths:
+    """The tokens of every forward pass."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_event(self, event):
+        if isinstance(event, ForwardStarted):
+            self.found.append(event.new_tokens)
+
+
+def test_another_generation_config_still_prefills_in_chunks(model):
+    before, lengths = model.generation_config, Lengths()
+    try:
+        with headinfer.attach(model, chunk_tokens=128, observer=lengths):
+            model.generation_config = GenerationConfig(pad_token_id=0)
+            generate(model, new=1)
+            prompt = torch.ones((1, 150), dtype=torch.long)
+            model.generate(prompt, generation_config=GenerationConfig(max_new_tokens=1))
+    finally:
+        model.generation_config = before
+    assert lengths.found == [128, 128, 44, 128, 22]
+
+
+def test_a_chunk_size_of_the_user_wins(model):
+    lengths = Lengths()
+    with headinfer.attach(model, chunk_tokens=128, observer=lengths):
+        model.generate(
+            torch.ones((1, 150), dtype=torch.long), max_new_tokens=1, prefill_chunk_size=100
+        )
+    assert lengths.found == [100, 50]
+
+
+def test_a_filled_cache_goes_on_in_chunks(model):
+    prompt = torch.randint(0, 99, (1, 500), generator=torch.Generator().manual_seed(2))
+    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    lengths = Lengths()
+    with headinfer.attach(model, chunk_tokens=64, observer=lengths) as run:
+        cache = run.new_cache()
+        model.generate(prompt[:, :100], past_key_values=cache, max_new_tokens=1)
+        found = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, expected)
+    assert lengths.found[2:9] == [64] * 6 + [16]

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaches headinfer to a loaded model and detaches it again; no model code is touched.
 
-Attaching sets the attention implementation and the prefill chunk size and adds one forward
-pre-hook that supplies the cache wherever transformers would have started an empty one. The hook
-also guards correctness: models that drop the cache they were given get a head-wise one again.
+Attaching sets the attention implementation, prefills in chunks and adds one forward pre-hook that
+supplies the cache wherever transformers would have started an empty one. The hook also guards
+correctness: models that drop the cache they were given get a head-wise one again.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -26,13 +27,13 @@ from transformers import (
 from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
-from headinfer.errors import InputError
+from headinfer.errors import CacheStateError, InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
-from headinfer.hf.prefill import prefill_of
+from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
 from headinfer.layer import Stats
 from headinfer.options import Options
@@ -136,11 +137,10 @@ class Session:
         self._length: tuple[int, int] | None = None
         self._geometry = self._geometry_now()
         self.head_layers = len(self._geometry.full_layers)
+        self._cache_layers = len(DynamicCache(config=_decoder_config(model)).layers)
         if self._options.expected_tokens is not None:
             self._first_plan = self._make_plan(batch=1)
         self._attention = _attention_in_use(model)
-        self._generation = getattr(model, "generation_config", None)
-        self._chunk = getattr(self._generation, "prefill_chunk_size", None)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
         self._hooks: list[Any] = []
@@ -184,8 +184,24 @@ class Session:
         self.model.__dict__.pop("_prefill", None)
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
-        if self._generation is not None:
-            self._generation.prefill_chunk_size = self._chunk
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A closed session: the copy of an attached model is a plain one.
+
+        Nobody would hold the session of the copy, and so nobody could close it.
+        """
+        for config, implementation in self._attention:
+            copy.deepcopy(config, memo)._attn_implementation_internal = implementation
+        twin = Session.__new__(Session)
+        twin._closed = True
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            f"{type(self.model).__name__} has headinfer attached and cannot be pickled: plan and "
+            "memory belong to this process. Close the session first (leave its `with` block, or "
+            "call close()), and attach again where the model is loaded"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -202,10 +218,8 @@ class Session:
         # Materializing hands whole layers to the model's own attention, which stays as it is.
         if self._options.on_unsupported == "error":
             self.model.set_attn_implementation(NAME)
-        if self._generation is not None:
-            self._generation.prefill_chunk_size = self._chunk_tokens()
-        if hasattr(self.model, "_prefill"):
-            self.model._prefill = prefill_of(self.model, self._announced)
+        if hasattr(type(self.model), "_prefill"):
+            self.model._prefill = Prefill(self.model, self._chunk_tokens(), self._announced)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )
@@ -246,6 +260,8 @@ class Session:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._closed:  # the hook of a copied model
+            return args, kwargs
         named = self._named(args, kwargs)
         if self._caches(named) and not module.training:
             named["past_key_values"] = self._supply(named.get("past_key_values"))
@@ -259,6 +275,8 @@ class Session:
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        if self._closed:
+            return
         if self._observer is not None:
             seconds = time.perf_counter() - self._started
             past, new = _lengths(self._named(args, kwargs))
@@ -298,7 +316,7 @@ class Session:
             if _is_fresh(given.self_attention_cache):
                 given.self_attention_cache = self._cache_for(given.self_attention_cache)
             elif isinstance(given.self_attention_cache, HeadCache):
-                self.cache = given.self_attention_cache
+                self.cache = self._checked(given.self_attention_cache)
             return given
         if given is None:
             cache = self.new_cache()
@@ -311,15 +329,25 @@ class Session:
                 cache.activate_past_recording()  # assisted decoding will want to go back
             return cache
         if isinstance(given, HeadCache):
-            self.cache = given
+            self.cache = self._checked(given)
         return given
+
+    def _checked(self, cache: HeadCache) -> HeadCache:
+        """A cache of this model."""
+        if cache.layer_class_to_replicate is None and len(cache.layers) != self._cache_layers:
+            raise CacheStateError(
+                f"{type(self.model).__name__} has {self._cache_layers} layers and is given a cache "
+                f"made for {len(cache.layers)}; make one from its own config: "
+                "HeadCache(model.config), or new_cache() of its session"
+            )
+        return cache
 
 
 def session_of(model: nn.Module) -> Session | None:
     """The session attached to `model`, if there is one."""
     for hook in model._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Session):
+        if isinstance(owner, Session) and not owner._closed:
             return owner
     return None
 
@@ -331,21 +359,14 @@ def _positional_names(model: nn.Module) -> list[str]:
 
 
 def _is_fresh(cache: Any) -> bool:
-    if type(cache) is not DynamicCache or cache.offloading or _length(cache):
+    if type(cache) is not DynamicCache or cache.offloading or length_of(cache):
         return False
     return not any(has_states(layer) for layer in cache.layers)
 
 
-def _length(cache: Any) -> int:
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # no attention layer at all
-        return 0
-
-
 def _lengths(kwargs: dict[str, Any]) -> tuple[int, int]:
     cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else _length(cache)
+    past = 0 if cache is None else length_of(cache)
     for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
         given = kwargs.get(name)
         if given is not None:

@@ -37,7 +37,9 @@ def fresh(code: str) -> str:
 def test_the_public_names_are_these() -> None:
     errors = [name for name in headinfer.__all__ if isinstance(getattr(headinfer, name), type)]
     errors = [name for name in errors if issubclass(getattr(headinfer, name), Exception)]
-    names = "Geometry HeadCache MemoryBudget Plan Session __version__ attach doctor plan_for"
+    names = (
+        "Geometry HeadCache MemoryBudget Plan Session __version__ attach doctor plan_for prefill"
+    )
     assert sorted(set(headinfer.__all__) - set(errors)) == names.split()
     assert {"HeadInferError", "InputError", "PlanError", "BudgetTooSmall"} <= set(errors)
 

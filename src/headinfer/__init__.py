@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from headinfer.hf.attach import Session, attach, plan_for
     from headinfer.hf.cache import HeadCache
     from headinfer.hf.doctor import doctor
+    from headinfer.hf.prefill import prefill
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "attach",
     "doctor",
     "plan_for",
+    "prefill",
 ]
 
 # transformers takes seconds to import: only these names need it, and load it on first use.
@@ -66,6 +68,7 @@ _LAZY = {
     "attach": "headinfer.hf.attach",
     "doctor": "headinfer.hf.doctor",
     "plan_for": "headinfer.hf.attach",
+    "prefill": "headinfer.hf.prefill",
 }
 
 

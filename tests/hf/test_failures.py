@@ -529,3 +529,36 @@ def test_an_unusable_option_is_one_clear_error(
         steps(llama, ids(20), (20,))
     assert llama.config._attn_implementation == "eager"
     assert not llama._forward_pre_hooks
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_made_for_another_model_is_named(
+    layers: int, llama: Any, ids: Any, build: Any, options: dict[str, Any]
+) -> None:
+    other = build("llama", num_hidden_layers=layers)
+    cache = headinfer.HeadCache(other.config, **options)
+    with headinfer.attach(llama, **options):
+        with pytest.raises(headinfer.CacheStateError, match=rf"has 2 layers .* for {layers};"):
+            llama.generate(ids(), past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_cache_with_too_few_layers_is_named_without_a_session(
+    llama: Any, ids: Any, build: Any, options: dict[str, Any]
+) -> None:
+    cache = headinfer.HeadCache(build("llama", num_hidden_layers=1).config, **options)
+    llama.set_attn_implementation("headinfer")
+    with pytest.raises(headinfer.CacheStateError, match=r"at least 2 layers .* made for 1;"):
+        llama.generate(ids(), past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_reset_cache_plans_anew(llama: Any, ids: Any, head_cache: Any, close: Any) -> None:
+    with torch.no_grad():
+        expected = llama(ids(150, batch=3)).logits
+        llama.set_attn_implementation("headinfer")
+        cache = head_cache(llama)
+        llama(ids(200), past_key_values=cache)
+        cache.reset()
+        assert cache.plan is None
+        assert cache.stats().host_bytes == 0
+        close(llama(ids(150, batch=3), past_key_values=cache).logits, expected)
+    assert cache.plan.batch == 3

@@ -10,9 +10,11 @@ first update, when device, type and batch are known.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ from headinfer.layer import Stats
 from headinfer.plan import Plan
 from headinfer.runner import Runner
 from headinfer.totals import Query
+
+_log = logging.getLogger(__name__)
+
+_warned: WeakSet[Backing] = WeakSet()
+"""Caches that have had a forward pass longer than their chunks."""
 
 # With the cache at hand, model.set_attn_implementation("headinfer") has to work.
 register()
@@ -99,6 +106,7 @@ class HeadLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         runner = self.backing.runner_for(key_states, value_states, self.index + 1)
+        self._warn_if_long(key_states.shape[2])
         with _lasting():
             self.length = runner.append(self.index, key_states, value_states)
         keys, values = self.keys, self.values
@@ -159,6 +167,19 @@ class HeadLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._reorder(_row_numbers(indices))
+
+    def _warn_if_long(self, tokens: int) -> None:
+        plan = self.backing.plan
+        if plan is None or tokens <= plan.chunk_tokens or self.backing in _warned:
+            return
+        _warned.add(self.backing)
+        _log.warning(
+            "one forward pass of %d tokens, where the plan has chunks of %d: the memory of its "
+            "activations is not bounded. Use headinfer.attach and generate(), or set "
+            "generation_config.prefill_chunk_size, or call headinfer.prefill",
+            tokens,
+            plan.chunk_tokens,
+        )
 
     def _batch(self) -> int:
         runner = self.backing.runner
@@ -291,6 +312,30 @@ class HeadCache(DynamicCache):
     def plan(self) -> Plan | None:
         """What was decided; None before the first update."""
         return self.backing.plan
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of a layer; returns all of them, as its layer keeps them.
+
+        Raises:
+            CacheStateError: a model with more layers than the one the cache was made for.
+        """
+        if layer_idx >= len(self.layers) and self.layer_class_to_replicate is None:
+            raise CacheStateError(
+                f"a model of at least {layer_idx + 1} layers is given a cache made for "
+                f"{len(self.layers)}; make one from its own config: HeadCache(model.config)"
+            )
+        found: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return found
+
+    def reset(self) -> None:
+        """Forget everything, the plan too: what comes next may have another length and batch."""
+        super().reset()
+        self.close()
+        self.backing.plan = self.backing.length = None
 
     def stats(self) -> Stats:
         """Bytes held and moved."""

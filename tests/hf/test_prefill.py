@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`headinfer.prefill`: a prompt read in chunks into a cache that is in the caller's own hands."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import headinfer
+from headinfer.errors import InputError
+
+
+def lengths_of(model: Any) -> list[int]:
+    """The tokens of every forward pass from now on."""
+    found: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0].shape[1]))
+    return found
+
+
+def test_it_leaves_what_one_forward_pass_leaves(
+    llama: Any, ids: Any, resident: Any, close: Any, head_cache: Any
+) -> None:
+    tokens = ids(150, batch=2)
+    expected = resident(llama, tokens, (150,))[:, -1:]
+    llama.set_attn_implementation("headinfer")
+    lengths, cache = lengths_of(llama), head_cache(llama)
+    output = headinfer.prefill(llama, tokens[:, :100], cache)
+    assert output.logits.shape[1] == 1
+    assert not output.logits.requires_grad
+    output = headinfer.prefill(llama, tokens[:, 100:], cache, chunk_tokens=30)
+    close(output.logits, expected)
+    assert lengths == [16] * 6 + [4, 30, 20]
+    assert cache.get_seq_length() == 150
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "bloom"])
+def test_left_padding_does_not_change_the_answer(
+    family: str, build: Any, ids: Any, close: Any, options: dict[str, Any]
+) -> None:
+    model = build(family, **({"sliding_window": 40} if family == "gemma2" else {}))
+    if not model._can_set_attn_implementation():
+        options["on_unsupported"] = "materialize"
+    tokens = ids(90)
+    padded = torch.cat([torch.zeros((1, 37), dtype=torch.long), tokens], dim=1)
+    mask = (torch.arange(127) >= 37).long()[None]
+    both = torch.cat([padded, ids(127, seed=1)]), torch.cat([mask, torch.ones_like(mask)])
+    with torch.no_grad():
+        expected = model(tokens).logits[:, -1:], model(both[0][1:]).logits[:, -1:]
+    with headinfer.attach(model, **options) as run:
+        cache = run.new_cache()
+        found = headinfer.prefill(model, both[0], cache, attention_mask=both[1])
+        close(found.logits[:1], expected[0])
+        close(found.logits[1:], expected[1])
+
+
+def test_generate_goes_on_from_it(llama: Any, ids: Any, head_cache: Any) -> None:
+    tokens = ids(150, batch=2)
+    mask = torch.ones_like(tokens)
+    mask[0, :21] = 0
+    expected = llama.generate(tokens, attention_mask=mask, max_new_tokens=9, do_sample=False)
+    llama.set_attn_implementation("headinfer")
+    cache = head_cache(llama)
+    headinfer.prefill(llama, tokens[:, :-1], cache, mask[:, :-1])
+    found = llama.generate(
+        tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_stock_cache_is_as_good(llama: Any, ids: Any, resident: Any, close: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    output = headinfer.prefill(llama, ids(), cache, chunk_tokens=40)
+    close(output.logits, resident(llama, ids(), (150,))[:, -1:])
+
+
+def test_the_plan_decides_the_chunk(llama: Any, ids: Any) -> None:
+    llama.set_attn_implementation("headinfer")
+    lengths, cache = lengths_of(llama), headinfer.HeadCache(llama.config)
+    headinfer.prefill(llama, ids(1500), cache)
+    assert cache.plan is not None
+    assert lengths[0] == cache.plan.chunk_tokens
+    assert sum(lengths) == 1500
+
+
+def test_wrong_arguments_are_refused(llama: Any, ids: Any, build: Any) -> None:
+    cache = headinfer.HeadCache(llama.config)
+    with pytest.raises(InputError, match="tokens >= 1"):
+        headinfer.prefill(llama, ids(0), cache)
+    with pytest.raises(InputError, match=r"has to be \(1, 150\)"):
+        headinfer.prefill(llama, ids(), cache, attention_mask=torch.ones(1, 149))
+    with pytest.raises(InputError, match="chunk_tokens=0"):
+        headinfer.prefill(llama, ids(), cache, chunk_tokens=0)
+    whisper = build("bart", model_class="BartForConditionalGeneration", d_model=32)
+    with pytest.raises(InputError, match="encoder-decoder"):
+        headinfer.prefill(whisper, ids(), cache)
+
+
+def test_a_pass_longer_than_the_chunk_is_warned_of_once(
+    llama: Any, ids: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama.set_attn_implementation("headinfer")
+    cache = headinfer.HeadCache(llama.config, chunk_tokens=64)
+    with caplog.at_level(logging.WARNING, "headinfer"):
+        headinfer.prefill(llama, ids(64), cache)
+        assert not caplog.records
+        llama.generate(ids(), past_key_values=cache, max_new_tokens=2)
+        llama.generate(ids(300), past_key_values=cache, max_new_tokens=2)
+    (record,) = caplog.records
+    assert "of 86 tokens, where the plan has chunks of 64" in record.getMessage()
+    assert "headinfer.prefill" in record.getMessage()

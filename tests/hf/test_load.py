@@ -104,6 +104,49 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path / "x.gguf"), device="cpu")
 
 
+@pytest.mark.parametrize("percent", [0, 0.5, 1.5, 2, 3, 3.4, 5, 50, 96])
+def test_a_gguf_file_cut_short_is_an_incomplete_download(
+    gguf_file: Path, tmp_path: Path, percent: float
+) -> None:
+    data = gguf_file.read_bytes()
+    size = int(len(data) * percent / 100)
+    (tmp_path / "x.gguf").write_bytes(data[:size])
+    with pytest.raises(InputError, match=rf"incomplete download\? x\.gguf: {size:,} bytes"):
+        load_model(str(tmp_path / "x.gguf"), device="cpu")
+
+
+def test_weights_cut_short_are_an_incomplete_download(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    data = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    size = len(data) // 2
+    with pytest.raises(InputError, match=rf"incomplete download\? its weights: {size:,} bytes"):
+        load_model(str(tmp_path), device="cpu")
+
+
+def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(InputError, match=r"has no tokenizer \(tokenizer\.json"):
+        load_model(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{}", "no model_type"), ("[]", "no model_type"), ('{"model_type": "lla', "not JSON")],
+)
+def test_a_config_that_says_nothing_is_named(
+    folder: Path, tmp_path: Path, text: str, reason: str
+) -> None:
+    model = tmp_path / "llama"  # a name that transformers would take for the kind of model
+    shutil.copytree(folder, model)
+    (model / "config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"config\.json in .*{reason}"):
+        load_model(str(model), device="cpu")
+    with pytest.raises(InputError, match=rf"config\.json in .*{reason}"):
+        load_shape(str(model))
+
+
 def test_code_that_comes_with_a_model_is_not_run_unasked(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())

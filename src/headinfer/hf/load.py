@@ -8,7 +8,9 @@ reached is noticed in seconds. Nothing here knows what the model is for.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,12 @@ from headinfer.hf.quiet import quiet_transformers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_TIMEOUT_S = 5.0
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "tekken")
+"""How names of a tokenizer's files begin, whatever the model; or they end like these:"""
+TOKENIZER_ENDINGS = (".model", ".tiktoken")
+CONFIG_KINDS = ("model_type", "architectures", "auto_map")
+CUT_SHORT = ("reshape", "mmap", "buffer", "magic", "incomplete", "codec can't decode")
+"""What libraries say of a file that ends too early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ def load_model(
     """
     place = _device(device)
     found = _find(source, on_step)
+    _check_tokenizer(found)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = found.arguments(trust_remote_code=trust_remote_code)
@@ -137,12 +146,46 @@ def _find(source: str, on_step: OnStep | None) -> Source:
 
 def _folder(source: str, path: Path) -> Source:
     if (path / "config.json").is_file():
+        _check_config(source, path / "config.json")
         return Source(source, str(path))
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) == 1:
         return Source(source, str(path), gguf_file=files[0])
     detail = f"{len(files)} GGUF files: name one of them" if files else "no config.json in it"
     raise InputError(f"the folder {source} is not a model that can be loaded: {detail}")
+
+
+def _check_config(source: str, path: Path) -> None:
+    """Raises InputError for a config.json that does not say what it is the config of."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and Unicode errors both are
+        raise InputError(
+            f"{path.name} in {source} is not JSON ({error}); an incomplete download? "
+            f"{path.stat().st_size:,} bytes"
+        ) from error
+    if not isinstance(config, dict) or not set(CONFIG_KINDS) & set(config):
+        raise InputError(
+            f"{path.name} in {source} has no model_type, so the kind of model is not known; "
+            "take the file that belongs to the weights"
+        )
+
+
+def _check_tokenizer(found: Source) -> None:
+    """Raises InputError for a folder without one: some tokenizers would start empty instead."""
+    folder = Path(found.path)
+    if found.gguf_file is not None or not folder.is_dir():
+        return
+    names = [file.name for file in folder.iterdir()]
+    if not any(
+        name.startswith(TOKENIZER_FILES) or name.endswith((*TOKENIZER_ENDINGS, ".py"))
+        for name in names
+    ):
+        raise InputError(
+            f"the folder {found.name} has no tokenizer (tokenizer.json, tokenizer_config.json, "
+            "tokenizer.model ...). Copy its files from where the model came from, or write them "
+            "there with tokenizer.save_pretrained"
+        )
 
 
 def _looks_like_path(source: str) -> bool:
@@ -224,7 +267,16 @@ def _explained(found: Source) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, EOFError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        OverflowError,
+        EOFError,
+        struct.error,
+        SafetensorError,
+    ) as error:
         raise InputError(_reason(found, error)) from error
 
 
@@ -240,7 +292,7 @@ def _reason(found: Source, error: Exception) -> str:
             "--trust-remote-code (trust_remote_code=True)"
         )
     if Path(found.path).is_dir():
-        return f"the model {found.name} cannot be loaded: {text}"
+        return f"the model {found.name} cannot be loaded: {text}{_cut_short(found, error)}"
     if found.local:
         offline = os.environ.get("HF_HUB_OFFLINE")
         why = "HF_HUB_OFFLINE is set" if offline else "the model hub cannot be reached"
@@ -249,6 +301,21 @@ def _reason(found: Source, error: Exception) -> str:
             f"{why}. Name a local folder or a GGUF file, or use demo"
         )
     return f"the model {found.name} cannot be loaded from the hub: {text}"
+
+
+def _cut_short(found: Source, error: Exception) -> str:
+    """The guess that a file is not complete, where the error looks like it."""
+    said = any(words in str(error).lower() for words in CUT_SHORT)
+    if not said and not isinstance(error, (struct.error, IndexError, OverflowError, EOFError)):
+        return ""
+    name = found.gguf_file or "its weights"
+    files = [Path(found.path, found.gguf_file)] if found.gguf_file else _weights(found)
+    size = sum(file.stat().st_size for file in files)
+    return f". An incomplete download? {name}: {size:,} bytes"
+
+
+def _weights(found: Source) -> list[Path]:
+    return [file for file in Path(found.path).iterdir() if file.suffix in (".safetensors", ".bin")]
 
 
 __all__ = ["DTYPES", "OnStep", "load_model", "load_shape"]

@@ -26,6 +26,8 @@ Program = Any
         (("run", "{tiny}", "--prompt", "hi", "--host-memory", "-3GiB"), 2, "'-3GiB' is not a size"),
         (("run", "{tiny}", "--prompt", "hi", "--max-new-tokens", "0"), 2, "--max-new-tokens"),
         (("run", "{tiny}", "--prompt", "hi", "--dtype", "int3"), 2, "float16"),
+        (("run", "{tiny}", "--prompt", "hi", "--seed", "-1"), 2, "--seed"),
+        (("run", "{tiny}", "--prompt", "hi", "--seed", str(2**64)), 2, "--seed"),
         (("run",), 2, "MODEL"),
         (("rnu",), 2, "No such command 'rnu'"),
         (("run", "{tiny}", "--prompt", "hi", "--frobnicate"), 2, "--frobnicate"),

@@ -118,3 +118,27 @@ def test_a_text_beyond_the_positions_can_be_allowed(headinfer: Program, tiny: st
     assert "2,117 tokens and 1 new ones make 2,118 positions" in refused.error
     assert "made for 2,048" in refused.error
     assert as_json(headinfer("run", tiny, *long, "--allow-beyond-positions"))["new_tokens"] == 1
+
+
+def test_the_plan_is_made_for_the_beams(headinfer: Program, tiny: str) -> None:
+    flags = ("--prompt", "hi", "--max-new-tokens", "5", "--num-beams", "3")
+    found = headinfer("run", tiny, *flags, "--json")
+    said, done = found.err, json.loads(found.out)["plan"]
+    assert "batch 3" in said
+    assert done["batch"] == 3
+
+
+@pytest.mark.parametrize("question", [(), ("--question", "Who keeps it?")])
+@pytest.mark.parametrize("mode", ["--chat", "--raw"])
+def test_a_text_shortened_as_advised_is_accepted(
+    headinfer: Program, tiny: str, tmp_path: Path, mode: str, question: tuple[str, ...]
+) -> None:
+    book = tmp_path / "long.txt"
+    flags = ("--prompt-file", str(book), "--max-new-tokens", "2", mode, *question)
+    book.write_text("a" * 3000)
+    refused = headinfer("run", tiny, *flags)
+    most = int(refused.error.split("Shorten the text to ")[1].split(" tokens")[0].replace(",", ""))
+    book.write_text("a" * most)  # a token is a byte here
+    assert headinfer("run", tiny, *flags).status == 0
+    book.write_text("a" * (most + 1))
+    assert headinfer("run", tiny, *flags).status == 1

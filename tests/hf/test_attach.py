@@ -177,3 +177,15 @@ def test_a_filled_cache_goes_on_in_chunks(model):
         found = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
     assert torch.equal(found, expected)
     assert lengths.found[2:9] == [64] * 6 + [16]
+
+
+def test_the_first_plan_is_for_the_batch_that_is_told(model):
+    with headinfer.attach(model, expected_tokens=308, batch_size=3) as run:
+        before = run.plan
+        prompt = torch.ones((1, 300), dtype=torch.long)
+        model.generate(prompt, max_new_tokens=8, num_beams=3)
+        assert before.batch == run.plan.batch == 3
+        assert before.host_bytes == run.plan.host_bytes >= 3 * 308 * TOKEN_BYTES
+    for wrong in (0, 1.5):
+        with pytest.raises(InputError, match="batch_size="):
+            headinfer.attach(model, batch_size=wrong)

@@ -118,13 +118,18 @@ def execute(job: Job) -> Outcome:
         HeadInferError: whatever is wrong with model, prompt, budget or machine.
     """
     show_warnings()
-    from headinfer.hf.generate import Sampling, build_prompt, check_positions
+    from headinfer.hf.generate import Sampling, build_prompt, check_positions, tokens_around
 
     sampling = Sampling(**job.sampling)
     model, tokenizer, load_s = _load(job)
     prompt = build_prompt(tokenizer, job.text, job.question, chat=job.chat)
     if not job.beyond:
-        check_positions(model.config, prompt_tokens=prompt.tokens, new_tokens=job.max_new_tokens)
+        check_positions(
+            model.config,
+            prompt_tokens=prompt.tokens,
+            new_tokens=job.max_new_tokens,
+            around_tokens=tokens_around(tokenizer, job.text, job.question, chat=job.chat),
+        )
     plan, stats, headwise = _run_headwise(job, model, tokenizer, prompt, sampling)
     resident = _run_resident(job, model, tokenizer, prompt, sampling) if job.compare else None
     loaded = {
@@ -174,6 +179,7 @@ def _run_headwise(
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
             expected_tokens=prompt.tokens + job.max_new_tokens,
+            batch_size=sampling.num_beams,
             observer=bar,
         ) as session,
     ):

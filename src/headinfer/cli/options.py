@@ -190,7 +190,13 @@ TopK = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Makes sampling repeatable.", rich_help_panel=GENERATION),
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=2**64 - 1,  # what torch takes
+        help="Makes sampling repeatable.",
+        rich_help_panel=GENERATION,
+    ),
 ]
 NumBeams = Annotated[
     int,

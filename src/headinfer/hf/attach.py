@@ -51,6 +51,7 @@ def attach(
     model: PreTrainedModel,
     *,
     observer: Observer | None = None,
+    batch_size: int | None = None,
     **options: Unpack[CacheOptions],
 ) -> Session:
     """`model` keeps its keys and values head by head until the session is closed.
@@ -61,6 +62,8 @@ def attach(
     Args:
         model: a transformers decoder or encoder-decoder model, in place on its device(s).
         observer: receives an event per forward pass.
+        batch_size: sequences at once, beams counted, for the plan made with `expected_tokens`
+            before the first forward pass, which tells by itself; default 1.
         options: see `CacheOptions`.
 
     Raises:
@@ -68,7 +71,7 @@ def attach(
         BudgetTooSmall: with `expected_tokens` given, when the run does not fit.
         UnsupportedModel: the model's code or config rules streaming out; names the way round.
     """
-    return Session(model, options, observer)
+    return Session(model, options, observer, batch_size)
 
 
 def plan_for(
@@ -118,8 +121,14 @@ class Session:
     """
 
     def __init__(
-        self, model: PreTrainedModel, options: CacheOptions, observer: Observer | None
+        self,
+        model: PreTrainedModel,
+        options: CacheOptions,
+        observer: Observer | None,
+        batch_size: int | None = None,
     ) -> None:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise InputError(f"batch_size={batch_size!r} is not usable; give a whole number >= 1")
         register()
         if session_of(model) is not None:
             raise InputError(
@@ -131,6 +140,7 @@ class Session:
         self._given = options
         self._options: Options = options_from(options)
         self._observer = observer
+        self._batch = batch_size or 1
         self._started = 0.0
         self._closed = False
         self._first_plan: Plan | None = None
@@ -139,7 +149,7 @@ class Session:
         self.head_layers = len(self._geometry.full_layers)
         self._cache_layers = len(DynamicCache(config=_decoder_config(model)).layers)
         if self._options.expected_tokens is not None:
-            self._first_plan = self._make_plan(batch=1)
+            self._first_plan = self._make_plan()
         self._attention = _attention_in_use(model)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
@@ -244,9 +254,9 @@ class Session:
         geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights)
         return replace(geometry, itemsize=self.model.dtype.itemsize)
 
-    def _make_plan(self, batch: int) -> Plan:
+    def _make_plan(self) -> Plan:
         options = resolve_budget(self._options, self.model.device)
-        return make_plan(self._geometry, options, device=self.model.device.type, batch=batch)
+        return make_plan(self._geometry, options, device=self.model.device.type, batch=self._batch)
 
     def _chunk_tokens(self) -> int:
         if self._first_plan is not None:
@@ -254,7 +264,7 @@ class Session:
         if self._options.chunk_tokens is not None:
             return self._options.chunk_tokens
         if self.model.device.type == "cuda":
-            return self._make_plan(batch=1).chunk_tokens if self.head_layers else GPU_CHUNK_TOKENS
+            return self._make_plan().chunk_tokens if self.head_layers else GPU_CHUNK_TOKENS
         return CPU_CHUNK_TOKENS
 
     def _before_forward(

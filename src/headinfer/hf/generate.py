@@ -149,8 +149,26 @@ def _raw_prompt(text: str | None, question: str | None) -> str:
     return f"{text}\n\nQuestion: {question}\nAnswer:"
 
 
-def check_positions(config: Any, *, prompt_tokens: int, new_tokens: int) -> None:
+def tokens_around(
+    tokenizer: Any, text: str | None, question: str | None, *, chat: bool | None = None
+) -> int:
+    """Tokens of a prompt that are not its text: template, question, special tokens."""
+    mark = "x"
+    bare = tokenizer(mark, add_special_tokens=False)["input_ids"]
+    asked = (mark, question) if (text or "").strip() else (None, mark)
+    return max(build_prompt(tokenizer, *asked, chat=chat).tokens - len(bare), 0)
+
+
+def check_positions(
+    config: Any, *, prompt_tokens: int, new_tokens: int, around_tokens: int = 0
+) -> None:
     """Nothing if the model was made for this length.
+
+    Args:
+        config: the model's.
+        prompt_tokens: length of the prompt.
+        new_tokens: length of the answer.
+        around_tokens: of the prompt's tokens, those that stay however short its text is.
 
     Raises:
         InputError: with the numbers.
@@ -161,7 +179,7 @@ def check_positions(config: Any, *, prompt_tokens: int, new_tokens: int) -> None
         raise InputError(
             f"the prompt of {prompt_tokens:,} tokens and {new_tokens:,} new ones make {needed:,} "
             f"positions; the model was made for {most:,}. Shorten the text to "
-            f"{max(most - new_tokens, 0):,} tokens, lower --max-new-tokens, or go on with "
+            f"{max(most - new_tokens - around_tokens, 0):,} tokens, lower --max-new-tokens, or go on with "
             "--allow-beyond-positions, at the risk of a wrong answer"
         )
 

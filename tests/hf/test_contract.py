@@ -23,7 +23,7 @@ from headinfer.hf.attention import NAME, headinfer_attention
 from headinfer.hf.cache import HeadCache, HeadLayer, HybridHeadLayer
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import headinfer_mask
-from headinfer.testing.zoo import ZOO
+from headinfer.testing.zoo import ZOO, ModelAbsent
 
 PROMPT = 150
 STEPS = (100, 40, 1, 9)
@@ -293,6 +293,8 @@ def test_rows_rearranged_are_attended(options: dict[str, Any], close: Any) -> No
 def test_hybrid_layers_rearrange_their_states_too(
     change: str, rows: list[int], options: dict[str, Any]
 ) -> None:
+    if not hasattr(HeadCache, "get_conv_state"):
+        pytest.skip("this transformers has no get_conv_state to compare with")
     cache = HeadCache(ZOO["falcon_h1"].build().config, **options)
     layer = cache.layers[0]
     assert isinstance(layer, HybridHeadLayer)
@@ -479,7 +481,10 @@ def test_dropout_over_a_cache_is_refused(build: Any, ids: Any, options: dict[str
 def test_layers_that_share_keys_and_values_read_them_later(
     name: str, ids: Any, steps: Any, resident: Any, close: Any, options: dict[str, Any]
 ) -> None:
-    model = ZOO[name].build()
+    try:
+        model = ZOO[name].build()
+    except ModelAbsent as absent:
+        pytest.skip(str(absent))
     tokens = ids(PROMPT) % model.config.vocab_size
     expected = resident(model, tokens, STEPS)
     with headinfer.attach(model, **options) as run:

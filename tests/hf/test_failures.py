@@ -490,7 +490,11 @@ def test_a_model_whose_chunks_differ_is_warned_about(name: str, about: str) -> N
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_vl", "falcon_h1", "gemma2", "gpt_oss", "t5"])
 def test_an_ordinary_model_is_attached_without_a_warning(name: str) -> None:
-    with headinfer.attach(zoo.ZOO[name].build()) as run:
+    try:
+        model = zoo.ZOO[name].build()
+    except zoo.ModelAbsent as absent:
+        pytest.skip(str(absent))
+    with headinfer.attach(model) as run:
         assert run.warnings == []
 
 

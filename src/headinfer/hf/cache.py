@@ -194,7 +194,10 @@ class HeadLayer(CacheLayerMixin):
     def _runner(self) -> Runner:
         runner = self.backing.runner
         if runner is None:
-            raise CacheStateError(f"layer {self.index} holds no tokens yet; run a forward pass")
+            raise CacheStateError(
+                f"layer {self.index} holds no tokens, after reset() or from the start; run a forward "
+                "pass first"
+            )
         return runner
 
     def _handle(self, *, values: bool) -> Tensor | None:
@@ -334,6 +337,9 @@ class HeadCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything, the plan too: what comes next may have another length and batch."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # a window: older versions keep it, as zeros
+                layer.is_initialized = False
         self.close()
         self.backing.plan = self.backing.length = None
 

@@ -96,6 +96,7 @@ WINDOWED = (
         "Gemma4ForCausalLM",
         1,
         4,
+        since="5.23",
         head_dim=16,
         global_head_dim=24,
         layer_types=_ALTERNATING,

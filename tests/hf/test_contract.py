@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -515,11 +515,14 @@ def test_fresh_keys_are_read_until_the_layer_is_updated_again(
 
 
 def test_stock_layer_classes_stay_in_transformers_registry() -> None:
+    kinds = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", None)
+    if kinds is None:
+        pytest.skip("this transformers has no registry of layer classes")
     for layer in (HeadLayer, HybridHeadLayer):
         assert layer._layer_type is None
-    for kind in DYNAMIC_LAYER_TYPE_MAPPING.values():
+    for kind in kinds.values():
         assert not kind.__module__.startswith("headinfer")
-    assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
+    assert kinds["full_attention"] is DynamicLayer
 
 
 def test_handles_and_masks_hold_no_memory() -> None:

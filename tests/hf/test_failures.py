@@ -460,11 +460,12 @@ def test_a_cache_that_the_model_drops_is_supplied_again(
 ) -> None:
     model = longrope(build)
     given = {"max_new_tokens": 12, "attention_mask": torch.ones(1, length, dtype=torch.long)}
-    expected = model.generate(ids(length), **given)
+    stock = model.generate(ids(length), return_dict_in_generate=True, **given)
     with headinfer.attach(model, **{**options, "chunk_tokens": 512}) as run:
-        assert model.generate(ids(length), **given).tolist() == expected.tolist()
+        assert model.generate(ids(length), **given).tolist() == stock.sequences.tolist()
         assert run.cache is not None
-        assert run.cache.get_seq_length() == length + 11
+        # Older versions of transformers forget the prompt here, with any cache.
+        assert run.cache.get_seq_length() == stock.past_key_values.get_seq_length()
 
 
 def test_longrope_is_warned_about(build: Any) -> None:

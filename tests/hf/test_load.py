@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from headinfer.errors import InputError
 from headinfer.hf.load import load_model, load_shape
@@ -23,7 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    path = write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    try:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (TypeError, ImportError):  # the second while it looks for a slow tokenizer instead
+        pytest.skip("this transformers cannot read a GGUF file with a single merge")
+    return path
 
 
 def test_a_folder_loads_as_stored(folder: Path) -> None:

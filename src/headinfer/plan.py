@@ -2,7 +2,7 @@
 """What goes where: geometry + budget + request -> heads per tier, tile and chunk size, peaks.
 
 A function, not a plug-in: everything it decides is data in the `Plan`, with the reason beside it.
-Counts bytes only. The activation model is calibrated on measured peaks (docs/placement.md).
+Counts bytes only. docs/placement.md says how the predicted peak compares with measured ones.
 """
 
 from __future__ import annotations

@@ -37,6 +37,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny Llama that never ends its text: what must not depend on how fast it is."""
+    return str(write_tiny_llama(tmp_path_factory.mktemp("endless"), ends=False))
+
+
+@pytest.fixture(scope="session")
 def tiny_raw(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same without a chat template."""
     return str(write_tiny_llama(tmp_path_factory.mktemp("tiny-raw"), chat=False))

@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,17 +16,19 @@ PROGRAM = [sys.executable, "-m", "headinfer"]
 
 def test_help_and_version_start_at_once() -> None:
     for flag in ("--help", "--version"):
-        started = time.perf_counter()
-        subprocess.run([*PROGRAM, flag], capture_output=True, check=True)
-        assert time.perf_counter() - started < 3  # torch and transformers alone take longer here
+        command = [sys.executable, "-X", "importtime", *PROGRAM[1:], flag]
+        ran = subprocess.run(command, capture_output=True, check=True, text=True)
+        loaded = {line.split("|")[-1].strip() for line in ran.stderr.splitlines() if "|" in line}
+        assert "headinfer.cli.app" in loaded
+        assert not loaded & {"torch", "transformers"}  # seconds, where all else is tenths
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_and_restores_the_terminal(
-    tiny: str, number: signal.Signals, status: int
+    endless: str, number: signal.Signals, status: int
 ) -> None:
     ours, theirs = pty.openpty()
-    command = [*PROGRAM, "run", tiny, "--prompt", "x" * 200, "--max-new-tokens", "100000"]
+    command = [*PROGRAM, "run", endless, "--prompt", "x" * 200, "--max-new-tokens", "100000"]
     with subprocess.Popen(
         [*command, "--allow-beyond-positions"],
         stdin=subprocess.DEVNULL,
@@ -47,9 +48,10 @@ def test_a_signal_stops_it_and_restores_the_terminal(
     assert b"Traceback" not in shown
 
 
-def test_a_closed_pipe_ends_it_quietly(tiny: str) -> None:
+def test_a_closed_pipe_ends_it_quietly(endless: str) -> None:
     process = subprocess.Popen(
-        [*PROGRAM, "run", tiny, "--prompt", "hi", "--max-new-tokens", "2000"],
+        [*PROGRAM, "run", endless, "--prompt", "hi", "--max-new-tokens", "100000"]
+        + ["--allow-beyond-positions"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -60,7 +62,7 @@ def test_a_closed_pipe_ends_it_quietly(tiny: str) -> None:
     process.stdout.close()
     shown = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=60) in {0, 141}  # 0: it had finished
+    assert process.wait(timeout=60) == 141
     assert b"Traceback" not in shown
     assert b"BrokenPipe" not in shown
 

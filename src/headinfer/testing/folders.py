@@ -27,8 +27,11 @@ def alphabet() -> list[str]:
     return [*sorted(pre_tokenizers.ByteLevel.alphabet()), MERGED[0] + MERGED[1], END]
 
 
-def write_tiny_llama(folder: Path, *, chat: bool = True) -> Path:
-    """A random Llama of two layers, two KV heads and 2,048 positions; the same on every call."""
+def write_tiny_llama(folder: Path, *, chat: bool = True, ends: bool = True) -> Path:
+    """A random Llama of two layers, two KV heads and 2,048 positions; the same on every call.
+
+    Without `ends` no token ends its text: it generates for as long as it may.
+    """
     config = LlamaConfig(
         vocab_size=len(alphabet()),
         hidden_size=32,
@@ -38,14 +41,14 @@ def write_tiny_llama(folder: Path, *, chat: bool = True) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=POSITIONS,
         bos_token_id=None,
-        eos_token_id=len(alphabet()) - 1,
+        eos_token_id=len(alphabet()) - 1 if ends else None,
         initializer_range=0.3,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    _tokenizer(chat=chat).save_pretrained(folder)
+    _tokenizer(chat=chat, ends=ends).save_pretrained(folder)
     return folder
 
 
@@ -101,12 +104,12 @@ def _gguf_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tokenizer(*, chat: bool) -> PreTrainedTokenizerFast:
+def _tokenizer(*, chat: bool, ends: bool) -> PreTrainedTokenizerFast:
     vocab = {token: index for index, token in enumerate(alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[MERGED]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END if ends else None)
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     return fast

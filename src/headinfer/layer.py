@@ -31,6 +31,8 @@ class RunnerSettings:
         wanted_bytes: host memory the whole request would take, for the message when less is there.
         kv_format: how offloaded keys and values are stored.
         attention: implementation to insist on, or "auto".
+        near_share: of the offloaded heads, the share the CPU attends in passes of few tokens.
+        near_adapts: that share follows what ends last, the CPU or the stream.
         poison: NaN-fill staging slots on release (for tests).
     """
 
@@ -45,6 +47,8 @@ class RunnerSettings:
     wanted_bytes: int = 0
     kv_format: str = "exact"
     attention: str = AUTO
+    near_share: float = 0.0
+    near_adapts: bool = False
     poison: bool = False
 
 
@@ -79,7 +83,10 @@ class Layer:
 
 @dataclass(slots=True)
 class Stats:
-    """What a runner did and holds: bytes unless the name says tiles or heads."""
+    """What a runner did and holds: bytes unless the name says tiles or heads.
+
+    `near_heads` are those the CPU attends now, `near_bytes` what it has read of them.
+    """
 
     host_bytes: int = 0
     resident_bytes: int = 0
@@ -90,6 +97,8 @@ class Stats:
     dropped_tiles: int = 0
     written_bytes: int = 0
     demoted_heads: int = 0
+    near_heads: int = 0
+    near_bytes: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -10,27 +10,27 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headinfer.errors import CacheStateError, HeadInferError, TierFull
+from headinfer.balance import Balance
+from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, WriteBuffers, of_group
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, of_group
 from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
-from headinfer.layout import HeadGroup, Tile, aligned, tiles
-from headinfer.schedule import Schedule
+from headinfer.layout import HeadGroup, Tile, tiles
+from headinfer.link import Link, default_engine
+from headinfer.near import host_query
 from headinfer.tiers import DeviceTier, HostTier
 from headinfer.totals import Query, Total
-from headinfer.transfer import (
-    Copy,
-    CudaEngine,
-    InlineEngine,
-    StagingRing,
-    Ticket,
-    TransferEngine,
-)
+from headinfer.transfer import Copy, Ticket, TransferEngine
+
+NEAR_BYTES = 8 * 2**20
+"""Offloaded keys and values of a layer below which the CPU is not asked while its share adapts:
+waiting for the queries would cost more than bringing the keys."""
 
 TOGETHER_BYTES = 8 * 2**20
 """Outputs up to this size attend the newest tokens of all head groups in one call."""
@@ -51,13 +51,12 @@ class Runner:
     ) -> None:
         self.settings = settings
         self.layers: dict[int, Layer] = {}
-        self._engine_for = engine or _default_engine
-        self._engines: dict[torch.device, TransferEngine] = {}
+        self._engine_for = engine or default_engine
+        self._links: dict[torch.device, Link] = {}
         self._host: HostTier | None = None
         self._device_tiers: dict[torch.device, DeviceTier] = {}
-        self._rings: dict[torch.device, StagingRing] = {}
-        self._buffers: dict[torch.device, WriteBuffers] = {}
-        self._schedules: dict[torch.device, Schedule] = {}
+        self._balance = Balance(settings.near_share, settings.near_adapts)
+        self._near_now = False
         self._current: Layer | None = None
         self.demoted_heads = 0
 
@@ -92,7 +91,7 @@ class Runner:
         heads = layer.ranges[place]
         mine = slice(heads.heads.start, heads.heads.stop)
         if isinstance(heads, OffloadedHeads):
-            heads.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+            heads.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
             return
         try:
             heads.append(k[:, mine], v[:, mine])
@@ -100,14 +99,14 @@ class Runner:
             if full.tier != DeviceTier.name:
                 raise
             below = self._demote(layer, place, heads)
-            below.append(k[:, mine], v[:, mine], self._buffers[layer.device])
+            below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
 
     def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
         """Resident heads go to host memory, and stay there; takes as long as copying them."""
         below = self._offloaded(layer.shape, layer.device, heads.heads)
         try:
             for piece in heads.pieces(heads.store.length):
-                below.append(piece.k, piece.v, self._buffers[layer.device])
+                below.append(piece.k, piece.v, self._links[layer.device].buffers)
                 below.forget_recent()
         except BaseException:
             below.clear()
@@ -130,68 +129,97 @@ class Runner:
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
-        wanted: deque[Tile] = deque()
-        for below in layer.offloaded:
-            wanted.extend(self._tiles(layer, below, below.prefix(length)))
+        call = _Call(layer, length, query, q, out)
         if layer.offloaded:
-            self._schedules[layer.device].reached(index)
+            self._foresee(call)
         for heads in layer.ranges:
             if isinstance(heads, DirectHeads):
-                mine = _query_heads(layer, query, heads.heads)
-                total = Total(query, q, mine, self._impl, collect=False)
+                total = self._total(call, heads.heads, collect=False)
                 for piece in heads.pieces(length):
                     total.add(piece)
                 total.finish(out)
             else:
-                self._attend_offloaded(layer, heads, length, wanted, query, q, out)
+                self._attend_offloaded(call, heads)
+        if call.near is not None:
+            self._links[layer.device].attended()
         return out
 
-    def _attend_offloaded(
-        self,
-        layer: Layer,
-        heads: OffloadedHeads,
-        length: int,
-        wanted: deque[Tile],
-        query: Query,
-        q: Tensor,
-        out: Tensor,
-    ) -> None:
-        """The loop: `wanted` are the layer's tiles in order, those of this range first."""
-        ring, schedule = self._rings[layer.device], self._schedules[layer.device]
-        recent = heads.recent_pieces(length)
-        mine = _query_heads(layer, query, heads.heads)
+    def _foresee(self, call: _Call) -> None:
+        """Which heads the CPU attends in this call, and which tiles are wanted for the rest."""
+        layer, link = call.layer, self._links[call.layer.device]
+        call.near = self._near_query(layer, call.query)
+        self._near_now = call.near is not None
+        found = link.begin(layer.index, near=self._near_now)
+        if found is not None:
+            self._balance.observe(found)
+        for heads in layer.offloaded:
+            start, count = heads.heads.start, heads.near_heads if self._near_now else 0
+            call.below[heads.heads] = HeadGroup(start, start + count)
+            call.wanted.extend(self._tiles(layer, heads, heads.prefix(call.length)))
+        link.schedule.reached(layer.index)
+
+    def _attend_offloaded(self, call: _Call, heads: OffloadedHeads) -> None:
+        """Merge what the tail, the stream and the CPU find for `heads`."""
+        recent, prefix = heads.recent_pieces(call.length), heads.prefix(call.length)
+        size = call.out[:, :, slice(*call.query_heads(heads.heads))].numel() * 4
+        if size > TOGETHER_BYTES and prefix and call.near is None:
+            for total in self._stream(call, heads, recent):
+                total.finish(call.out)
+            return
         # Small outputs are merged once per layer rather than once per tile: decode would
         # otherwise spend its time launching kernels.
-        streamed = bool(wanted) and wanted[0].group.stop <= heads.heads.stop
-        size = out[:, :, mine[0] : mine[1]].numel() * 4
-        collect = size <= TOGETHER_BYTES or not streamed
-        newest = Total(query, q, mine, self._impl, collect)
-        if collect:
+        group, link = call.below[heads.heads], self._links[call.layer.device]
+        newest = self._total(call, heads.heads, collect=True)
+        totals: list[Total] = []
+        if link.near is None or call.near is None or not group.heads or not prefix:
             for piece in recent:
                 newest.add(piece)
-        totals: list[Total] = []
+            totals.extend(self._stream(call, heads))
+        else:
+            with link.near.start(heads, group, prefix, call.q, call.near) as job:
+                for piece in recent:
+                    newest.add(piece)
+                totals.extend(self._stream(call, heads))
+                below = self._total(call, group, collect=True)
+                below.accept(job.partial())
+            totals.insert(0, below)
+        newest.join(totals)
+        newest.finish(call.out)
+
+    def _stream(
+        self, call: _Call, heads: OffloadedHeads, recent: Sequence[Piece] | None = None
+    ) -> Iterator[Total]:
+        """The loop over tiles, a total per head group: with `recent` the tiles merge into it as
+        they come, without they are kept for merging together."""
+        link, wanted = self._links[call.layer.device], call.wanted
         while wanted and wanted[0].group.stop <= heads.heads.stop:
             group = wanted[0].group
-            total = Total(query, q, _query_heads(layer, query, group), self._impl, collect)
-            if not collect:
-                for piece in recent:
-                    total.add(of_group(piece, heads.heads, group))
+            total = self._total(call, group, collect=recent is None)
+            for piece in recent or ():
+                total.add(of_group(piece, heads.heads, group))
             while wanted and wanted[0].group == group:
                 tile = wanted.popleft()
-                if ring.upcoming != tile:
-                    ring.flush()
-                    schedule.restart(wanted)
-                slot = ring.take(tile)
-                ring.prefetch(schedule.next_tile)  # load next
+                if link.ring.upcoming != tile:
+                    link.ring.flush()
+                    link.schedule.restart(wanted)
+                slot = link.ring.take(tile)
+                link.ring.prefetch(link.schedule.next_tile)  # load next
                 total.add(heads.unpack(tile, slot))  # attend this
-                ring.give_back()
-            if collect:
-                totals.append(total)
-            else:
-                total.finish(out)
-        if collect:
-            newest.join(totals)
-            newest.finish(out)
+                link.ring.give_back()
+            yield total
+
+    def _total(self, call: _Call, group: HeadGroup, *, collect: bool) -> Total:
+        heads = call.query_heads(group)
+        return Total(call.query, call.q, heads, self.settings.attention, collect)
+
+    def _near_query(self, layer: Layer, query: Query) -> Query | None:
+        """The call as the CPU answers it for its share of the heads; None if all stream."""
+        if self._links[layer.device].near is None:
+            return None
+        held = sum(heads.stored_bytes for heads in layer.offloaded)
+        if self._balance.adapts and held < NEAR_BYTES:
+            return None
+        return host_query(query)
 
     def gather(self, index: int, length: int, *, values: bool) -> Tensor:
         """Keys or values [b, h, t, d] of the first `length` tokens, copied to the device."""
@@ -233,7 +261,7 @@ class Runner:
         twin = Runner(self.settings, engine=self._engine_for)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
-            engine = twin._engines[layer.device]
+            engine = twin._links[layer.device].engine
             ranges = [
                 heads.clone(twin._tier(heads, layer.device), engine) for heads in layer.ranges
             ]
@@ -244,10 +272,9 @@ class Runner:
         """Free every layer, buffer and mapping."""
         for index in list(self.layers):
             self.drop(index)
-        for engine in self._engines.values():
-            engine.drain()
-        self._rings.clear()
-        self._buffers.clear()
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
         if self._host is not None:
             self._host.close()
         for tier in self._device_tiers.values():
@@ -258,23 +285,26 @@ class Runner:
     def __del__(self) -> None:
         # Tiles staged for a pass that never came may be on their way into slots whose memory is
         # about to be reused, from mappings about to go.
-        for engine in self._engines.values():
-            engine.drain()
+        for link in self._links.values():
+            link.engine.drain()
 
     def stats(self) -> Stats:
         """Bytes held now and moved so far."""
         found = Stats()
-        for ring in self._rings.values():
-            found.staging_bytes += self.settings.num_slots * self.settings.slot_bytes
-            found.loaded_bytes += ring.loaded_bytes
-            found.loaded_tiles += ring.loaded_tiles
-            found.dropped_tiles += ring.dropped_tiles
-        found.staging_bytes += sum(2 * buffers.nbytes for buffers in self._buffers.values())
+        for link in self._links.values():
+            found.staging_bytes += link.staging_bytes
+            if link.staging_bytes:
+                found.loaded_bytes += link.ring.loaded_bytes
+                found.loaded_tiles += link.ring.loaded_tiles
+                found.dropped_tiles += link.ring.dropped_tiles
+            if link.near is not None:
+                found.near_bytes += link.near.attended_bytes
         for layer in self.layers.values():
             for heads in layer.ranges:
                 if isinstance(heads, OffloadedHeads):
                     found.tail_bytes += heads.tail_bytes
                     found.written_bytes += heads.written_bytes
+                    found.near_heads += heads.near_heads
         found.demoted_heads = self.demoted_heads
         if self._host is not None:
             found.host_bytes = self._host.used_bytes
@@ -286,10 +316,6 @@ class Runner:
         """Why host memory could not be page-locked; None when it is, or need not be."""
         return None if self._host is None else self._host.pin_failure
 
-    @property
-    def _impl(self) -> str:
-        return self.settings.attention
-
     def _settle(self) -> None:
         """What is stored is about to change other than by appending."""
         self._forget_recent()
@@ -297,9 +323,8 @@ class Runner:
         self._settle_ring()
 
     def _settle_ring(self) -> None:
-        for device, ring in self._rings.items():
-            ring.flush()
-            self._schedules[device].stop()
+        for link in self._links.values():
+            link.settle()
 
     def _forget_recent(self) -> None:
         if self._current is not None:
@@ -338,14 +363,16 @@ class Runner:
             )
         if resident < count:
             ranges.append(self._offloaded(shape, k.device, HeadGroup(resident, count)))
-        return Layer(index, shape, k.device, ranges)
+        layer = Layer(index, shape, k.device, ranges)
+        self._share_out(layer)
+        return layer
 
     def _offloaded(self, shape: KVShape, device: torch.device, heads: HeadGroup) -> OffloadedHeads:
         return OffloadedHeads(
             self._host_tier(),
             shape,
             heads,
-            engine=self._engines[device],
+            engine=self._links[device].engine,
             device=device,
             fmt=format_named(self.settings.kv_format),
             expected_tokens=self.settings.expected_tokens,
@@ -353,26 +380,14 @@ class Runner:
 
     def _prepare_device(self, device: torch.device) -> None:
         """Streams and buffers, once per compute device and never again."""
-        if device in self._engines:
-            return
-        settings = self.settings
-        if not settings.staging and device.type != "cpu":
-            raise HeadInferError(
-                f"staging=False attends host memory in place, which {device} cannot; leave "
-                "staging out, or set it to True"
+        if device not in self._links:
+            self._links[device] = Link(
+                device,
+                self.settings,
+                self._engine_for(device),
+                _weakly(self._load),
+                _weakly(self._tiles_of_layer),
             )
-        engine = self._engines[device] = self._engine_for(device)
-        if not settings.staging:
-            return
-        size = settings.slot_bytes + aligned(1)
-        slots = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
-        ]
-        self._rings[device] = StagingRing(
-            engine, slots, _weakly(self._load), poison=settings.poison
-        )
-        self._buffers[device] = WriteBuffers(engine, device, settings.write_bytes)
-        self._schedules[device] = Schedule(_weakly(self._tiles_of_layer))
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
         heads = self.layers[tile.layer].offloaded_with(tile.group)
@@ -380,13 +395,23 @@ class Runner:
 
     def _tiles_of_layer(self, index: int) -> Iterator[Tile]:
         layer = self.layers.get(index)
-        for heads in () if layer is None else layer.offloaded:
-            yield from self._tiles(self.layers[index], heads, heads.store.stored)
+        if layer is None:
+            return
+        self._share_out(layer)
+        for heads in layer.offloaded:
+            yield from self._tiles(layer, heads, heads.store.stored)
+
+    def _share_out(self, layer: Layer) -> None:
+        """Between two visits of a layer its heads may change sides."""
+        if self._links[layer.device].near is not None:
+            for heads in layer.offloaded:
+                heads.near_heads = self._balance.heads(layer.index, heads.heads.heads)
 
     def _tiles(self, layer: Layer, heads: OffloadedHeads, length: int) -> Iterator[Tile]:
+        near = heads.near_heads if self._near_now else 0
         return tiles(
             layer.index,
-            heads.heads,
+            HeadGroup(heads.heads.start + near, heads.heads.stop),
             length,
             slot_bytes=self.settings.slot_bytes,
             token_bytes=layer.shape.token_bytes(max(heads.store.batch, 1)),
@@ -402,7 +427,7 @@ class Runner:
 
     def _host_tier(self) -> HostTier:
         if self._host is None:
-            pin = any(device.type == "cuda" for device in self._engines)
+            pin = any(device.type == "cuda" for device in self._links)
             self._host = HostTier(
                 budget_bytes=self.settings.host_bytes,
                 pin=pin,
@@ -431,10 +456,28 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _default_engine(device: torch.device) -> TransferEngine:
-    return CudaEngine(device) if device.type == "cuda" else InlineEngine()
+@dataclass(slots=True)
+class _Call:
+    """One attention call on its way.
 
+    Attributes:
+        layer, length, query: as asked.
+        q: contiguous queries.
+        out: [b, t, h, d], filled head range by head range.
+        near: the call as the CPU answers it for its heads; None if every head streams.
+        below: per offloaded range, the heads the CPU attends.
+        wanted: tiles of the heads that stream, in order.
+    """
 
-def _query_heads(layer: Layer, query: Query, group: HeadGroup) -> tuple[int, int]:
-    per_kv = query.q.shape[1] // layer.shape.num_kv_heads
-    return group.start * per_kv, group.stop * per_kv
+    layer: Layer
+    length: int
+    query: Query
+    q: Tensor
+    out: Tensor
+    near: Query | None = None
+    below: dict[HeadGroup, HeadGroup] = field(default_factory=dict)
+    wanted: deque[Tile] = field(default_factory=deque)
+
+    def query_heads(self, group: HeadGroup) -> tuple[int, int]:
+        per_kv = self.q.shape[1] // self.layer.shape.num_kv_heads
+        return group.start * per_kv, group.stop * per_kv

@@ -104,13 +104,16 @@ class Total:
                 k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
                 self._add(block.rows, k, v, block.causal, bias)
 
+    def accept(self, partial: Partial) -> None:
+        """Add what was found elsewhere, for all rows of these heads."""
+        self._merge((0, self._q.shape[2]), partial)
+
     def join(self, groups: Sequence[Total]) -> None:
         """Add what `groups` found, each for its share of these heads, in order."""
         if not groups:
             return
-        counts = {len(group._parts) for group in groups}
-        found = [group._parts if len(counts) == 1 else [group.partial] for group in groups]
-        for over_heads in zip(*found, strict=True):
+        most = max(len(group._parts) for group in groups)
+        for over_heads in zip(*(group._padded(most) for group in groups), strict=True):
             if len(over_heads) == 1:
                 self._parts.append(over_heads[0])
                 continue
@@ -124,6 +127,16 @@ class Total:
         if self._query.sink is not None:
             total = add_sink(total, self._query.sink[self._heads[0] : self._heads[1]])
         out[:, :, self._heads[0] : self._heads[1]].copy_(total.out.transpose(1, 2))
+
+    def _padded(self, count: int) -> list[Partial]:
+        """The parts, and identities up to `count`: cheaper than merging what is merged anyway."""
+        missing = count - len(self._parts)
+        if not missing:
+            return self._parts
+        shape = (*self._q.shape[:3], self._query.value_dim)
+        out = self._q.new_zeros(()).expand(shape)
+        lse = self._q.new_full((), -torch.inf, dtype=torch.float32).expand(shape[:3])
+        return [*self._parts, *([Partial(out, lse)] * missing)]
 
     def _add(
         self, rows: tuple[int, int], k: Tensor, v: Tensor, causal: bool, bias: Tensor | None

@@ -8,6 +8,7 @@ nothing of heads, plans or formats: a tile is an opaque key, and the caller list
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from headinfer.errors import TransferError
 from headinfer.layout import Tile
+
+TIMED_BYTES = 4 * 2**20
+"""Copies in from this size on tell the link's rate; smaller ones tell how long a launch takes."""
 
 
 class Lane(Enum):
@@ -44,8 +48,15 @@ class Ticket(Protocol):
 
 
 class TransferEngine(Protocol):
-    """Runs copies. Called on the thread that runs the model; no call waits for the device except
-    `drain`. Both ends of a copy stay allocated and unchanged until its ticket was waited for."""
+    """Runs copies. Called on the thread that runs the model, `done` on any; no call waits for the
+    device except `drain` and `done` when told to block. Both ends of a copy stay allocated and
+    unchanged until its ticket was waited for.
+
+    Attributes:
+        in_rate: bytes/s measured lately on the lane in; None until it is known.
+    """
+
+    in_rate: float | None
 
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
         """Enqueue `copies` on `lane`, to start when all of `after` are done."""
@@ -59,6 +70,10 @@ class TransferEngine(Protocol):
         """Work enqueued from now on on the compute stream starts after `ticket`."""
         ...
 
+    def done(self, ticket: Ticket, *, block: bool) -> bool:
+        """Whether `ticket` is done; with `block` the calling thread waits until it is."""
+        ...
+
     def drain(self) -> None:
         """Return when everything submitted has landed."""
         ...
@@ -69,9 +84,16 @@ class InlineEngine:
 
     _DONE = object()
 
+    def __init__(self) -> None:
+        self.in_rate: float | None = None
+
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
+        started = time.perf_counter()
         for copy in copies:
             copy.dst.copy_(copy.src)
+        seconds = time.perf_counter() - started
+        if lane is Lane.IN and copies and seconds > 0:
+            self.in_rate = sum(copy.nbytes for copy in copies) / seconds
         return self._DONE
 
     def fence(self) -> Ticket:
@@ -79,6 +101,9 @@ class InlineEngine:
 
     def wait(self, ticket: Ticket) -> None:
         """Nothing is ever under way."""
+
+    def done(self, ticket: Ticket, *, block: bool) -> bool:
+        return True
 
     def drain(self) -> None:
         """Nothing is ever under way."""
@@ -89,18 +114,42 @@ class CudaEngine:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.in_rate: float | None = None
         self._lanes = {lane: torch.cuda.Stream(device) for lane in Lane}
+        self._timed: tuple[torch.cuda.Event, torch.cuda.Event, int] | None = None
 
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
         stream = self._lanes[lane]
+        nbytes = sum(copy.nbytes for copy in copies) if lane is Lane.IN else 0
+        timed = nbytes >= TIMED_BYTES and self._ready_to_time()
         with torch.cuda.stream(stream):
             for ticket in after:
                 stream.wait_event(cast(torch.cuda.Event, ticket))
+            begun = torch.cuda.Event(enable_timing=timed)
+            if timed:
+                begun.record(stream)
             for copy in copies:
                 copy.dst.copy_(copy.src, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(enable_timing=timed)
             done.record(stream)
+        if timed:
+            self._timed = begun, done, nbytes
         return done
+
+    def _ready_to_time(self) -> bool:
+        """Take the last measurement if it is there; one at a time is measured."""
+        if self._timed is None:
+            return True
+        begun, done, nbytes = self._timed
+        if not done.query():
+            return False
+        milliseconds = begun.elapsed_time(done)
+        if milliseconds > 0:
+            rate = nbytes / milliseconds * 1e3
+            # Smoothed: copies meet write-back and the CPU's own reads now and then.
+            self.in_rate = rate if self.in_rate is None else 0.8 * self.in_rate + 0.2 * rate
+        self._timed = None
+        return True
 
     def fence(self) -> Ticket:
         event = torch.cuda.Event()
@@ -109,6 +158,12 @@ class CudaEngine:
 
     def wait(self, ticket: Ticket) -> None:
         torch.cuda.current_stream(self.device).wait_event(cast(torch.cuda.Event, ticket))
+
+    def done(self, ticket: Ticket, *, block: bool) -> bool:
+        event = cast(torch.cuda.Event, ticket)
+        if block:
+            event.synchronize()  # gives the interpreter lock away while it waits
+        return block or event.query()
 
     def drain(self) -> None:
         for stream in self._lanes.values():
@@ -141,6 +196,7 @@ class StagingRing:
 
     Attributes:
         poison: fill a slot with NaN bytes when it is given back, so that a read too late shows.
+        latest: when the tile taken last landed, or will.
         loaded_bytes: copied into slots so far.
         loaded_tiles: staged so far.
         dropped_tiles: staged for nothing so far.
@@ -160,6 +216,7 @@ class StagingRing:
         self._free = deque(Slot(buffer, engine.fence()) for buffer in slots)
         self._staged: deque[_Staged] = deque()
         self._taken: Slot | None = None
+        self.latest: Ticket | None = None
         self.loaded_bytes = 0
         self.loaded_tiles = 0
         self.dropped_tiles = 0
@@ -171,6 +228,7 @@ class StagingRing:
             self._stage(tile)
         staged = self._staged.popleft()
         self._engine.wait(staged.landed)
+        self.latest = staged.landed
         self._taken = staged.slot
         return staged.slot.buffer
 

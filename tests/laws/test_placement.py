@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from headinfer.attention.masks import Causal
 from headinfer.errors import CacheStateError
+from headinfer.heads import OffloadedHeads
 from headinfer.layer import RunnerSettings
 from headinfer.runner import Runner
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
@@ -26,6 +27,7 @@ from headinfer.totals import Query
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 3
+NEAR = {"near half": 0.5, "near": 1.0, "near and resident": 0.7}
 
 
 def late_engine(device):
@@ -41,6 +43,9 @@ def make_runner(
     )
     if placement == "demoting":  # room for some of the layers only
         more.setdefault("resident_bytes", 600_000)
+    if placement in NEAR:  # some or all heads are attended in host memory
+        residents = (1, 0, 0) if placement == "near and resident" else ()
+        more.setdefault("near_share", NEAR[placement])
     return Runner(
         RunnerSettings(
             staging=staging,
@@ -132,7 +137,7 @@ class Driver:
             )
 
 
-PLACEMENTS = ["in place", "staged", "partly resident", "resident", "demoting"]
+PLACEMENTS = ["in place", "staged", "partly resident", "resident", "demoting", *NEAR]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,11 +182,12 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_long_decode_stays_bit_equal_under_late_copies(device):
+@pytest.mark.parametrize("placement", ["staged", "near half"])
+def test_a_long_decode_stays_bit_equal_under_late_copies(device, placement):
     """1,000 steps across several blocks: the same arithmetic, whatever the copies' timing."""
     results = []
     for late in (True, False):
-        runner = make_runner(device, placement="staged", late=late)
+        runner = make_runner(device, placement=placement, late=late)
         random = torch.Generator().manual_seed(0)
         out = []
         for step in range(1000 if device == "cuda" else 300):
@@ -334,6 +340,82 @@ def test_wrong_use_is_refused_with_numbers():
     with pytest.raises(CacheStateError, match="holds 130 tokens, attention wants 131"):
         driver.runner.attend(0, 131, query)
     driver.check_bytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_cpu_reads_its_heads_in_place_and_the_others_stream(device):
+    """Half of the heads of every layer, so half of the bytes take either way."""
+    moved = {}
+    for placement in ("staged", "near half", "near"):
+        driver = Driver(make_runner(device, placement=placement), device)
+        driver.forward(512, 1)
+        for _ in range(3):
+            driver.forward(1, 1)
+        start = driver.runner.stats()
+        for _ in range(10):
+            driver.forward(1, 1)
+        stats = driver.runner.stats()
+        near, loaded = stats.near_bytes - start.near_bytes, stats.loaded_bytes - start.loaded_bytes
+        moved[placement] = near, loaded, stats.near_heads
+        assert stats.dropped_tiles == start.dropped_tiles
+        driver.finish()
+    stored = 10 * 512 * LAYERS * 2 * 2 * 16 * 4
+    assert moved == {
+        "staged": (0, stored, 0),
+        "near half": (stored / 2, stored / 2, 3),
+        "near": (stored, 0, 6),
+    }
+
+
+def test_the_share_of_the_cpu_adapts_and_answers_stay_right(monkeypatch):
+    monkeypatch.setattr("headinfer.runner.NEAR_BYTES", 0)
+    runner = make_runner("cpu", placement="staged", near_share=0.5, near_adapts=True)
+    driver = Driver(runner, "cpu", heads=3)
+    driver.forward(300, 1)
+    shares = set()
+    for _ in range(40):
+        driver.forward(1, 1)
+        shares.add(runner.stats().near_heads)
+    driver.finish()
+    assert len(shares) > 1
+
+
+def test_prompts_and_small_caches_do_not_wait_for_the_cpu():
+    runner = make_runner("cpu", placement="staged", near_share=0.5, near_adapts=True)
+    driver = Driver(runner, "cpu")
+    for tokens in (300, 17, 1, 1):
+        driver.forward(tokens, 1)
+    assert runner.stats().near_bytes == 0
+    forced = make_runner("cpu", placement="near")
+    driver = Driver(forced, "cpu")
+    driver.forward(300, 1)
+    driver.forward(17, 1)
+    assert forced.stats().near_bytes == 0
+    driver.forward(16, 1)
+    assert forced.stats().near_bytes > 0
+
+
+def test_an_error_on_the_cpu_side_is_raised_and_leaves_the_cache_usable(monkeypatch):
+    driver = Driver(make_runner("cpu", placement="near half"), "cpu")
+    driver.forward(300, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(OffloadedHeads, "in_place", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            driver.forward(1, 1)
+    driver.crop(300)
+    driver.forward(1, 1)
+    driver.finish()
+
+
+def test_a_read_by_the_cpu_before_the_write_landed_is_seen(monkeypatch):
+    """Negative control: the CPU must wait for the last copy down."""
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 1)
+    monkeypatch.setattr(DeferredEngine, "done", lambda self, ticket, *, block: True)
+    driver = Driver(make_runner("cpu", placement="near", write_bytes=2**18), "cpu")
+    driver.forward(300, 1)
+    driver.forward(1, 1)
+    with pytest.raises(AssertionError):
+        driver.finish()
 
 
 @pytest.mark.parametrize("missing", ["wait", "after"])

@@ -8,6 +8,7 @@ the call, keys from the first token of the cache.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from math import isqrt
 from typing import NamedTuple, Protocol
@@ -90,6 +91,14 @@ class Padding:
         hidden = (~self.visible).any(dim=0).nonzero().flatten()
         first, last = torch.stack([hidden[0], hidden[-1]]).tolist() if len(hidden) else (0, -1)
         self.hull = (first, last + 1)
+        self._twin: Padding | None = None
+
+    def on_host(self) -> Padding:
+        """The same in host memory; the first call waits for the device, once per mask."""
+        if self._twin is None:
+            self._twin = copy.copy(self)
+            self._twin.visible = self.visible.cpu()
+        return self._twin
 
     @property
     def hides(self) -> bool:
@@ -100,11 +109,12 @@ class PaddedCausal:
     """Causal, and keys that are padding are seen by nobody."""
 
     def __init__(self, offset: int, padding: Padding) -> None:
+        self.offset = offset
+        self.padding = padding
         self._causal = Causal(offset)
-        self._padding = padding
 
     def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
-        start, stop = self._padding.hull
+        start, stop = self.padding.hull
         yield from self._causal.blocks(rows, (keys[0], min(keys[1], start)))
         yield from self._hidden(rows, (max(keys[0], start), min(keys[1], stop)))
         yield from self._causal.blocks(rows, (max(keys[0], stop), keys[1]))
@@ -119,7 +129,7 @@ class PaddedCausal:
     def _square(self, block: Block) -> Iterator[Block]:
         """A causal square as slices of rows: what is left of the diagonal, then a small square."""
         (r0, _), (k0, k1) = block.rows, block.keys
-        visible = self._padding.visible
+        visible = self.padding.visible
         side = max(1, isqrt(MASK_ELEMENTS // visible.shape[0]))
         index = torch.arange(min(side, k1 - k0), device=visible.device)
         lower = index <= index[:, None]
@@ -132,7 +142,7 @@ class PaddedCausal:
 
     def _columns(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
         """Keys that differ by sequence only, not by row."""
-        visible = self._padding.visible
+        visible = self.padding.visible
         step = max(1, MASK_ELEMENTS // visible.shape[0])
         for start in range(*keys, step):
             stop = min(start + step, keys[1])
@@ -153,6 +163,13 @@ class Given:
         if part.shape[-2] != 1:
             part = part[..., rows[0] : rows[1], :]
         yield Block(rows, (keys[0], stop), bias=part)
+
+
+def on_host(recipe: MaskRecipe) -> MaskRecipe | None:
+    """`recipe` for queries and keys in host memory; None where only the device knows the mask."""
+    if isinstance(recipe, PaddedCausal):
+        return PaddedCausal(recipe.offset, recipe.padding.on_host())
+    return recipe if isinstance(recipe, (Causal, Everything)) else None
 
 
 class Rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import TierFull
-from headinfer.heads.memory import KVShape, Piece, SegmentMemory
+from headinfer.heads.memory import KVShape, Piece, SegmentMemory, pieces_of
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span
 from headinfer.store import SpanStore
 from headinfer.tiers import Tier
@@ -18,9 +18,6 @@ from headinfer.transfer import TransferEngine
 
 PERMUTE_TOKENS = 8 * BLOCK_TOKENS
 """A reordering rewrites segments up to this size instead of mapping their rows."""
-
-GATHER_BYTES = 32 * 2**20
-"""Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
 
 
 class DirectHeads:
@@ -61,21 +58,7 @@ class DirectHeads:
         """Everything in [0, length), in place; only reordered rows are gathered."""
         for run in self.store.runs(Span(0, length)):
             _, k, v = self._memory.segments[run.key]
-            there = slice(run.offset, run.offset + run.span.tokens)
-            rows_k, rows_v = k[:, :, there], v[:, :, there]
-            if run.row_map is None:
-                yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
-                continue
-            rows = torch.tensor(run.row_map, device=k.device)
-            per_token = self.heads.heads * self.shape.token_bytes(len(run.row_map))
-            step = max(1, GATHER_BYTES // per_token)
-            for start in range(0, run.span.tokens, step):
-                part = slice(start, start + step)
-                yield Piece(
-                    run.span.start + start,
-                    rows_k[:, :, part].index_select(1, rows).transpose(0, 1),
-                    rows_v[:, :, part].index_select(1, rows).transpose(0, 1),
-                )
+            yield from pieces_of(run, k, v, self.shape)
 
     def crop(self, length: int) -> None:
         crop = self.store.prepare_crop(length)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from headinfer.errors import TierFull
 from headinfer.layout import Extent, HeadGroup, aligned
-from headinfer.store import Segment
+from headinfer.store import Run, Segment
 from headinfer.tiers import Tier
+
+GATHER_BYTES = 32 * 2**20
+"""Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
 
 
 class KVShape(NamedTuple):
@@ -46,6 +49,26 @@ def clip(piece: Piece, length: int) -> Piece:
 def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
     mine = slice(group.start - heads.start, group.stop - heads.start)
     return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])
+
+
+def pieces_of(run: Run, k: Tensor, v: Tensor, shape: KVShape) -> Iterator[Piece]:
+    """A run of a segment's k, v [h, rows, capacity, d], in place; only reordered rows are
+    gathered."""
+    there = slice(run.offset, run.offset + run.span.tokens)
+    rows_k, rows_v = k[:, :, there], v[:, :, there]
+    if run.row_map is None:
+        yield Piece(run.span.start, rows_k.transpose(0, 1), rows_v.transpose(0, 1))
+        return
+    rows = torch.tensor(run.row_map, device=k.device)
+    per_token = k.shape[0] * shape.token_bytes(len(run.row_map))
+    step = max(1, GATHER_BYTES // per_token)
+    for start in range(0, run.span.tokens, step):
+        part = slice(start, start + step)
+        yield Piece(
+            run.span.start + start,
+            rows_k[:, :, part].index_select(1, rows).transpose(0, 1),
+            rows_v[:, :, part].index_select(1, rows).transpose(0, 1),
+        )
 
 
 class SegmentMemory:

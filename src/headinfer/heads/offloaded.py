@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headinfer.formats import KVFormat
-from headinfer.heads.memory import KVShape, Piece, SegmentMemory, clip
+from headinfer.heads.memory import KVShape, Piece, SegmentMemory, clip, pieces_of
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
 from headinfer.store import Run, SpanStore, Write
 from headinfer.tiers import Tier
@@ -48,6 +48,8 @@ class OffloadedHeads:
     """Heads in a tier compute cannot read; new tokens wait in the tail until a block is full.
 
     Attributes:
+        near_heads: of these heads, the first that are attended in the tier and not brought to the
+            compute device, in passes of few tokens.
         recent: what the running layer's attention reads besides stored tokens, set by `append`
             until `forget_recent`: the tail and the fresh keys are then about to be overwritten
             or released.
@@ -70,6 +72,7 @@ class OffloadedHeads:
         self.store = SpanStore()
         if expected_tokens is not None:
             self.store.reserve(expected_tokens)
+        self.near_heads = 0
         self.recent: list[Piece] | None = None
         self.written_bytes = 0
         self._memory = SegmentMemory(tier, shape, heads)
@@ -136,6 +139,16 @@ class OffloadedHeads:
         """Stored tokens that attention over [0, length) reads from the tier."""
         start = self.recent[0].start if self.recent else self.store.stored
         return min(start, length)
+
+    def in_place(self, group: HeadGroup, length: int) -> Iterator[Piece]:
+        """The stored part of [0, length) of `group` as it lies in the tier, for a processor that
+        reads it there. `last_write` has to be done."""
+        first = group.start - self.heads.start
+        for run in self.store.runs(Span(0, length)):
+            _, k, v = self._memory.segments[run.key]
+            yield from pieces_of(
+                run, k[first : first + group.heads], v[first : first + group.heads], self.shape
+            )
 
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
         """The copies that bring `tile` into a slot's bytes, laid out as `unpack` expects."""

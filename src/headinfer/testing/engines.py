@@ -9,6 +9,8 @@ read that is not ordered after its copy gives NaN or stale bytes instead of luck
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,11 +34,14 @@ class DeferredEngine:
     """A CPU engine whose copies run only when waited for, lanes in order."""
 
     def __init__(self) -> None:
+        self.in_rate: float | None = None
+        self._lock = threading.RLock()  # `done` is asked on other threads too
         self._queues: dict[Lane, deque[_Job]] = {lane: deque() for lane in Lane}
 
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
         job = _Job(lane, list(copies), [ticket for ticket in after if isinstance(ticket, _Job)])
-        self._queues[lane].append(job)
+        with self._lock:
+            self._queues[lane].append(job)
         return job
 
     def fence(self) -> Ticket:
@@ -45,12 +50,20 @@ class DeferredEngine:
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, _Job)
-        self._run(ticket)
+        with self._lock:
+            self._run(ticket)
+
+    def done(self, ticket: Ticket, *, block: bool) -> bool:
+        assert isinstance(ticket, _Job)
+        if block:
+            self.wait(ticket)
+        return ticket.done
 
     def drain(self) -> None:
-        for queue in self._queues.values():
-            while queue:
-                self._run(queue[0])
+        with self._lock:
+            for queue in self._queues.values():
+                while queue:
+                    self._run(queue[0])
 
     def _run(self, job: _Job) -> None:
         if job.done:
@@ -65,8 +78,12 @@ class DeferredEngine:
             first.running = True
             for ticket in first.after:
                 self._run(ticket)
+            started = time.perf_counter()
             for copy in first.copies:
                 copy.dst.copy_(copy.src)
+            if first.copies and first.lane is Lane.IN:
+                nbytes = sum(copy.nbytes for copy in first.copies)
+                self.in_rate = nbytes / max(time.perf_counter() - started, 1e-9)
             first.done = True
             queue.popleft()
 

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way between host memory and one compute device: engine, staging ring, write buffers, the
+schedule of tiles, and the CPU that attends what stays behind. Made once per device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from headinfer.attention.api import AUTO
+from headinfer.balance import Pass
+from headinfer.errors import HeadInferError
+from headinfer.heads import WriteBuffers
+from headinfer.layer import RunnerSettings
+from headinfer.layout import Tile, aligned
+from headinfer.near import NearData
+from headinfer.schedule import Schedule
+from headinfer.transfer import CudaEngine, InlineEngine, Loader, StagingRing, TransferEngine
+
+
+class Link:
+    """What one compute device needs to keep heads elsewhere.
+
+    Attributes:
+        engine: moves bytes.
+        ring: tiles on their way here.
+        buffers: blocks on their way down.
+        schedule: which tiles will be wanted.
+        near: attends on the CPU; None where every head streams.
+    """
+
+    ring: StagingRing
+    buffers: WriteBuffers
+    schedule: Schedule
+
+    def __init__(
+        self,
+        device: torch.device,
+        settings: RunnerSettings,
+        engine: TransferEngine,
+        load: Loader,
+        tiles_of: Callable[[int], Iterator[Tile]],
+    ) -> None:
+        self.device = device
+        self.engine = engine
+        self.near: NearData | None = None
+        self._lap: _Lap | None = None
+        self.staging_bytes = 0
+        if not settings.staging:
+            if device.type != "cpu":
+                raise HeadInferError(
+                    f"staging=False attends host memory in place, which {device} cannot; leave "
+                    "staging out, or set it to True"
+                )
+            return
+        size = settings.slot_bytes + aligned(1)
+        slots = [
+            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
+        ]
+        self.ring = StagingRing(engine, slots, load, poison=settings.poison)
+        self.buffers = WriteBuffers(engine, device, settings.write_bytes)
+        self.schedule = Schedule(tiles_of)
+        self.staging_bytes = settings.num_slots * settings.slot_bytes + 2 * settings.write_bytes
+        if settings.near_share or settings.near_adapts:
+            # An implementation insisted on is the GPU's, unless it runs everywhere.
+            attention = settings.attention if settings.attention == "reference" else AUTO
+            self.near = NearData(engine, device, attention)
+
+    def begin(self, layer: int, *, near: bool) -> Pass | None:
+        """Attention of `layer` begins; what the forward pass before it took, if it was one in
+        which the CPU took part, and this is the first layer of another."""
+        found = None
+        if self._lap is None or layer <= self._lap.layer or not near:
+            found = self._finished()
+            self._lap = _Lap(layer, *self._counters()) if near else None
+        elif self._lap is not None:
+            self._lap.layer = layer
+        return found
+
+    def attended(self) -> None:
+        """Attention of the layer that `begin` named has been enqueued."""
+        if self._lap is not None:
+            self._lap.ended = time.perf_counter()
+
+    def _finished(self) -> Pass | None:
+        lap = self._lap
+        if lap is None or lap.ended <= lap.began:
+            return None
+        _, near_s, near_bytes, loaded_bytes = self._counters()
+        return Pass(
+            seconds=lap.ended - lap.began,
+            near_s=near_s - lap.near_s,
+            near_bytes=near_bytes - lap.near_bytes,
+            loaded_bytes=loaded_bytes - lap.loaded_bytes,
+            link_rate=self.engine.in_rate,
+        )
+
+    def _counters(self) -> tuple[float, float, int, int]:
+        near = self.near
+        seconds, nbytes = (0.0, 0) if near is None else (near.seconds, near.attended_bytes)
+        return time.perf_counter(), seconds, nbytes, self.ring.loaded_bytes
+
+    def settle(self) -> None:
+        """What is stored is about to change other than by appending."""
+        if self.staging_bytes:
+            self.ring.flush()
+            self.schedule.stop()
+
+    def close(self) -> None:
+        """Return when nothing is under way any more; the CPU's thread ends."""
+        if self.near is not None:
+            self.near.close()
+        self.engine.drain()
+
+
+@dataclass(slots=True)
+class _Lap:
+    """A forward pass under way: its latest layer, the counters at its begin, when it ended."""
+
+    layer: int
+    began: float
+    near_s: float
+    near_bytes: int
+    loaded_bytes: int
+    ended: float = 0.0
+
+
+def default_engine(device: torch.device) -> TransferEngine:
+    return CudaEngine(device) if device.type == "cuda" else InlineEngine()

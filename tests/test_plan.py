@@ -189,3 +189,27 @@ def test_on_a_cpu_nothing_is_staged_unless_asked():
     assert plan.host_bytes >= 10**6 * 128 * 1024
     staged = make_plan(llama3_8b(), options(staging=True), device="cpu")
     assert staged.staging
+
+
+def test_near_data_is_planned_adapting_and_fixed_when_given():
+    asked = options(24 * GIB, 64 * GIB, expected_tokens=131_072)
+    plan = make_plan(llama3_8b(), asked, device="cuda")
+    assert plan.near_adapts
+    assert 0 < plan.near_share < 1
+    assert any("in decode the CPU attends 60%" in reason for reason in plan.reasons)
+    for share in (0, 0.25, 1):
+        asked = options(24 * GIB, 64 * GIB, expected_tokens=131_072, near_data=share)
+        plan = make_plan(llama3_8b(), asked, device="cuda")
+        assert (plan.near_share, plan.near_adapts) == (share, False)
+        assert any("in decode the CPU" in reason for reason in plan.reasons) == (share > 0)
+
+
+def test_near_data_that_cannot_be_is_refused():
+    for share in (-0.1, 1.1, True, "half"):
+        with pytest.raises(InputError, match=r"near_data=.* give a share from 0 to 1"):
+            options(near_data=share)
+    with pytest.raises(InputError, match="on a CPU every head is attended where it lies"):
+        make_plan(llama3_8b(), options(near_data=0.5), device="cpu")
+    assert make_plan(llama3_8b(), options(near_data=1.0), device="cpu").near_share == 0
+    staged = make_plan(llama3_8b(), options(near_data=0.5, staging=True), device="cpu")
+    assert (staged.near_share, staged.near_adapts) == (0.5, False)

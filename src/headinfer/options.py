@@ -28,6 +28,8 @@ class Options:
         num_slots: staging slots.
         staging: stage tiles through the ring even where host memory can be read in place.
         resident_heads: KV heads per layer that never leave the GPU.
+        near_data: share of the offloaded heads that the CPU attends in decode, 0 (all stream) to 1;
+            fixed, so that runs repeat bit by bit. None: chosen, and adapted while running.
         attention: attention implementation to insist on, or "auto".
         poison: NaN-fill staging slots on release (for tests).
     """
@@ -41,6 +43,7 @@ class Options:
     num_slots: int | None = None
     staging: bool | None = None
     resident_heads: int | None = None
+    near_data: float | None = None
     attention: str = "auto"
     poison: bool = False
 
@@ -58,6 +61,10 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r} is not usable; give a whole number >= {least}")
+        near = self.near_data
+        if near is not None:
+            if isinstance(near, bool) or not isinstance(near, (int, float)) or not 0 <= near <= 1:
+                raise InputError(f"near_data={near!r} is not usable; give a share from 0 to 1")
         if self.on_unsupported not in ON_UNSUPPORTED:
             raise InputError(
                 f"on_unsupported={self.on_unsupported!r} is not known; "

@@ -55,20 +55,24 @@ def resident(model, run):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("residents", [0, 1, None], ids=["streamed", "one resident", "auto"])
-def test_streamed_answers_equal_the_resident_cache(name, residents):
+@pytest.mark.parametrize(
+    ("residents", "near"),
+    [(0, 0.0), (0, 0.5), (0, 1.0), (1, 0.5), (None, None)],
+    ids=["streamed", "half near", "near", "one resident", "auto"],
+)
+def test_streamed_answers_equal_the_resident_cache(name, residents, near):
     if name not in ZOO:
         pytest.skip(f"{name} is not in the zoo")
     model = ZOO[name].build().to(DEVICE).eval()
     expected = resident(model, lambda m: logits(m, DynamicCache(config=m.config)))
     tokens = resident(model, generate)
-    with headinfer.attach(model, resident_heads=residents, **STREAMED) as run:
+    with headinfer.attach(model, resident_heads=residents, near_data=near, **STREAMED) as run:
         found = logits(model, None)
         stats = run.stats
         assert relative_error(expected, found) <= BOUND
         assert torch.equal(generate(model), tokens)
     if residents == 0:
-        assert stats.loaded_tiles > 0
+        assert near == 1 or stats.loaded_tiles > 0
         assert stats.host_bytes > 0
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models and the two ways a CPU holds their keys and values: staged and in place."""
+"""Tiny random models and the ways a CPU holds their keys and values: staged, staged with half of
+the heads attended where they lie, all in place."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ STAGED = {
     "poison": True,
     "num_slots": 3,
 }
+NEAR = {**STAGED, "near_data": 0.5}
 IN_PLACE = {"chunk_tokens": 16}
 
 TINY: dict[str, Any] = {
@@ -56,7 +58,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[STAGED, IN_PLACE], ids=["staged", "in_place"])
+@pytest.fixture(params=[STAGED, NEAR, IN_PLACE], ids=["staged", "near", "in_place"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return dict(request.param)
 

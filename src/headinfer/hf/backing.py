@@ -39,6 +39,7 @@ class CacheOptions(TypedDict, total=False):
     num_slots: int | None
     staging: bool | None
     resident_heads: int | None
+    near_data: float | None
     attention: str
     poison: bool
 
@@ -133,6 +134,8 @@ def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettin
         expected_tokens=plan.expected_tokens,
         host_bytes=plan.budget.host_bytes,
         wanted_bytes=wanted_bytes,
+        near_share=plan.near_share,
+        near_adapts=plan.near_adapts,
         kv_format=plan.kv_format,
         attention=options.attention,
         poison=options.poison,

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from headinfer.attention.api import AUTO, why_not
+from headinfer.attention.types import AttentionSpec
 from headinfer.budget import MemoryBudget
 from headinfer.errors import UnsupportedModel
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
@@ -69,7 +71,8 @@ def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
 
 
 def resolve_budget(options: Options, device: torch.device) -> Options:
-    """`options` with both budgets filled in from what is free now."""
+    """`options` with both budgets filled in from what is free now, and near-data attention left
+    to the plan only where it pays: a GPU, and a native kernel to do it."""
     budget = options.budget
     host = budget.host_bytes
     if host is None:
@@ -79,7 +82,17 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
         free, _ = torch.cuda.mem_get_info(device)
         mine = torch.cuda.memory_reserved(device)
         gpu = int((free + mine) * GPU_SHARE)
-    return replace(options, budget=MemoryBudget(gpu_bytes=gpu, host_bytes=host))
+    near = options.near_data
+    if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
+        near = 0.0
+    budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
+    return replace(options, budget=budget, near_data=near)
+
+
+def _no_host_kernel() -> bool:
+    """Whether decode on the CPU would run on torch's kernels, slower than bringing the keys."""
+    decode = AttentionSpec("cpu", torch.bfloat16, 128, 128, 4, 1, False, False, False)
+    return bool(why_not(decode).get("native", ["not there"]))
 
 
 def _layer_configs(text: PreTrainedConfig, count: int) -> list[PreTrainedConfig]:

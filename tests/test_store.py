@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -122,11 +122,45 @@ def filled(tokens=20, batch=2):
     return store
 
 
-def test_a_reservation_opens_one_segment_of_exactly_that_size():
-    store = SpanStore(block_tokens=8)
+def test_a_reservation_of_single_tokens_opens_one_segment_of_exactly_that_size():
+    store = SpanStore(block_tokens=1)
     store.reserve(100)
     append = store.prepare_append(30, batch=1)
-    assert [segment.capacity for segment in append.new_segments] == [96]
+    assert [segment.capacity for segment in append.new_segments] == [100]
+
+
+@given(
+    reserved=st.integers(0, 5000),
+    chunks=st.lists(st.integers(1, 900), min_size=1, max_size=30),
+)
+def test_a_reservation_is_used_exactly_in_few_segments_each_foreseen(reserved, chunks):
+    store = SpanStore(block_tokens=8, grow_tokens=64)
+    store.reserve(reserved)
+    foreseen = 0
+    for tokens in chunks:
+        append = store.prepare_append(tokens, batch=1)
+        if foreseen and append.new_segments and store.length + tokens <= reserved:
+            needed = append.new_segments[0]
+            assert (
+                needed.capacity >= foreseen
+            )  # more only if one append brings more than all before
+        store.commit_append(append, batch=1)
+        foreseen = store.foreseen
+    within = [segment for segment in store.segments if segment.stop <= store.reserved]
+    if store.stored and store.stored <= store.reserved:
+        capacity = sum(segment.capacity for segment in store.segments)
+        assert capacity <= store.reserved
+        assert capacity + (store.foreseen or 0) <= store.reserved
+    assert len(within) <= 8  # 64 tokens doubled
+
+
+def test_without_a_reservation_the_next_chunk_is_foreseen_like_this_one():
+    store = SpanStore(block_tokens=8, grow_tokens=16)
+    assert store.foreseen == 0
+    store.commit_append(store.prepare_append(80, batch=1), batch=1)
+    assert store.foreseen == 80
+    store.reorder([0, 0])
+    assert store.foreseen == 0
 
 
 def test_preparing_changes_nothing():

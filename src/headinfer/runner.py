@@ -77,6 +77,8 @@ class Runner:
         self._forget_recent()
         self._current = layer
         before = layer.length
+        if k.shape[2] == 1 and self._host is not None and self.settings.expected_tokens is None:
+            self._host.forget_ready()  # the prompt is over: no more chunks like the last one
         try:
             for place in range(len(layer.ranges)):
                 self._append_to(layer, place, k, v)

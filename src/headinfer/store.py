@@ -90,9 +90,13 @@ class Crop:
 class SpanStore:
     """The ledger of one head range of one layer.
 
+    A reservation is opened in segments that double, so that memory for later tokens can be made
+    ready while earlier ones are computed; stored token by token it is one segment, because such
+    heads are attended segment by segment.
+
     Attributes:
         block_tokens: tokens stored together; 1 stores every token at once and keeps no tail.
-        grow_tokens: least capacity of a segment opened without a reservation.
+        grow_tokens: least capacity of a segment, unless a reservation or the memory ends before.
     """
 
     block_tokens: int = BLOCK_TOKENS
@@ -253,6 +257,22 @@ class SpanStore:
             raise CacheStateError(f"tokens {span} are not all stored; {self.stored} are")
         return found
 
+    @property
+    def foreseen(self) -> int:
+        """Capacity of the segment that will be opened when the last one is full; 0 if that cannot
+        be said."""
+        if self.block_tokens == 1 or self._reordered or not self.segments:
+            return 0
+        last = self.segments[-1]
+        stop = last.start + last.capacity
+        if self.reserved > stop:
+            return self._foreseen(stop, 0)
+        # Without a reservation the next prefill chunk brings as much as this one did.
+        return last.capacity if not self.reserved else 0
+
+    def _foreseen(self, start: int, needed: int) -> int:
+        return min(self.reserved - start, max(start, needed, self.grow_tokens))
+
     def _open(self, segment: Segment, batch: int) -> bool:
         return (
             segment.filled < segment.capacity and segment.row_map is None and segment.rows == batch
@@ -262,7 +282,8 @@ class SpanStore:
         if not spare:
             return needed
         if self.reserved - start >= needed and not self._reordered:
-            return self.reserved - start
+            whole = self.block_tokens == 1
+            return self.reserved - start if whole else self._foreseen(start, needed)
         if self.block_tokens == 1 and not self._reordered:
             # Attended segment by segment: few of them, each half of what there was before.
             return max(needed, self.grow_tokens, start // 2)

@@ -82,13 +82,23 @@ class SegmentMemory:
 
     def allocate(self, key: int, rows: int, capacity: int) -> None:
         """Raises TierFull when the tier's budget does not allow it."""
-        shape, count = self.shape, self.heads.heads * rows * capacity
-        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
-        extent = self.tier.allocate(k_bytes + count * shape.value_dim * shape.dtype.itemsize)
+        shape = self.shape
+        k_bytes, v_bytes = self._sizes(rows, capacity)
+        extent = self.tier.allocate(k_bytes + v_bytes)
         leading = (self.heads.heads, rows, capacity)
         k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
         v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
         self.segments[key] = extent, k, v
+
+    def prepare(self, rows: int, capacity: int) -> None:
+        """A segment of that size will be allocated."""
+        if capacity:
+            self.tier.prepare(sum(self._sizes(rows, capacity)))
+
+    def _sizes(self, rows: int, capacity: int) -> tuple[int, int]:
+        shape, count = self.shape, self.heads.heads * rows * capacity
+        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
+        return k_bytes, count * shape.value_dim * shape.dtype.itemsize
 
     def allocate_all(self, segments: Sequence[Segment]) -> None:
         """All or none."""

@@ -121,6 +121,8 @@ class OffloadedHeads:
                 tail_k[:, :, :after].copy_(k[:, :, tokens - after :].transpose(0, 1))
                 tail_v[:, :, :after].copy_(v[:, :, tokens - after :].transpose(0, 1))
         self.store.commit_append(append, batch=batch)
+        if append.new_segments and tokens > 1:
+            self._memory.prepare(batch, self.store.foreseen)
 
     def forget_recent(self) -> None:
         """The layer's attention has been enqueued; later readers use stored tokens and tail."""

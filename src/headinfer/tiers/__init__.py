@@ -32,6 +32,10 @@ class Tier(Protocol):
         """
         ...
 
+    def prepare(self, nbytes: int) -> None:
+        """An extent of `nbytes` will be asked for: what takes time may begin meanwhile."""
+        ...
+
     def view(
         self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -44,21 +46,46 @@ class HostTier:
         self.pin_failure: str | None = None
         self.used_bytes = 0
         self._arenas: dict[int, _Mapping] = {}
+        self._ready: dict[int, deque[Future[_Mapping]]] = {}
+        self._thread: ThreadPoolExecutor | None = None
         self._next = 0
         self._closed = False
+
+    @property
+    def ready_bytes(self) -> int:
+        """Prepared and not asked for yet."""
+        return sum(size * len(waiting) for size, waiting in self._ready.items())
+
+    def prepare(self, nbytes: int) -> None:
+        """Map, touch and page-lock an extent of `nbytes` on a thread of its own, if the budget
+        allows; `allocate` hands it out. Only where page-locking takes time to save."""
+        size = aligned(nbytes)
+        taken = self.used_bytes + self.ready_bytes
+        full = self.budget_bytes is not None and taken + size > self.budget_bytes
+        if not self.pin or self._closed or full:  # mapping alone takes no time
+            return
+        if self._thread is None:
+            # Page-locking on a thread of its own would else happen for the first GPU.
+            device = torch.cuda.current_device() if torch.cuda.is_available() else None
+            self._thread = ThreadPoolExecutor(1, "headinfer-arena", _on_device, (device,))
+        made = self._thread.submit(_Mapping, size, pin=self.pin)
+        self._ready.setdefault(size, deque()).append(made)
 
     def allocate(self, nbytes: int) -> Extent:
         if self._closed:
             raise TierClosed(f"the {self.name} tier is closed")
         size = aligned(nbytes)
-        if self.budget_bytes is not None and self.used_bytes + size > self.budget_bytes:
-            raise self._full(size, f"of {format_bytes(self.budget_bytes)} allowed")
+        budget, ready = self.budget_bytes, self._ready.get(size)
+        if budget is not None and self.used_bytes + size > budget:
+            raise self._full(size, f"of {format_bytes(budget)} allowed")
+        if not ready and budget is not None and self.used_bytes + self.ready_bytes + size > budget:
+            self.forget_ready()
         try:
-            mapping = _Mapping(size)
+            mapping = ready.popleft().result() if ready else _Mapping(size, pin=self.pin)
         except (OSError, ValueError) as error:
             raise self._full(size, f"and the system refused more ({error})") from error
         if self.pin:
-            self.pin_failure = mapping.register()
+            self.pin_failure = mapping.pin_failure
             if self.pin_failure is not None:
                 self.pin = False
                 _log.warning(
@@ -80,11 +107,22 @@ class HostTier:
         self.used_bytes -= extent.nbytes
 
     def close(self) -> None:
+        self.forget_ready()
+        if self._thread is not None:
+            self._thread.shutdown()
         for mapping in self._arenas.values():
             mapping.release()
         self._arenas.clear()
         self.used_bytes = 0
         self._closed = True
+
+    def forget_ready(self) -> None:
+        """Give back what was prepared and is not wanted any more."""
+        for waiting in self._ready.values():
+            for made in waiting:
+                if not made.cancel() and made.exception() is None:
+                    made.result().release()
+        self._ready.clear()
 
     def _full(self, size: int, why: str) -> TierFull:
         needed = max(self.used_bytes + size, self.wanted_bytes)
@@ -99,17 +137,27 @@ class HostTier:
         )
 
 
-class _Mapping:
-    """One anonymous mapping; page-locked between `register` and `release`."""
+def _on_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
 
-    def __init__(self, nbytes: int) -> None:
+
+class _Mapping:
+    """One anonymous mapping, page-locked until `release` if asked for and granted.
+
+    Attributes:
+        pin_failure: why it is not page-locked though that was asked for.
+    """
+
+    def __init__(self, nbytes: int, *, pin: bool) -> None:
         region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(region, dtype=torch.uint8)[:nbytes]
         self._unlock: weakref.finalize[[int], _Mapping] | None = None
+        self.pin_failure = self._register() if pin else None
 
-    def register(self) -> str | None:
+    def _register(self) -> str | None:
         """Page-lock for CUDA; returns why that failed, None when it worked."""
         self.bytes.zero_()  # touched by all of torch's threads: locking then only pins
         cudart = torch.cuda.cudart()

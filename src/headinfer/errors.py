@@ -9,6 +9,7 @@
     ├── UnsupportedAttention (NotImplementedError)   an attention call no implementation can run
     ├── HandleError (RuntimeError)      model code did arithmetic on keys or values held elsewhere
     ├── CacheStateError (RuntimeError)  the cache was used in a way its contents do not allow
+    ├── GpuOutOfMemory (RuntimeError)   ... during a prefill; the cache stays usable
     ├── TierError (RuntimeError)        memory of a tier
     │   ├── TierFull                    ... is used up; carries the numbers
     │   └── TierClosed                  ... was used after close
@@ -72,6 +73,24 @@ class HandleError(HeadInferError, RuntimeError):
 
 class CacheStateError(HeadInferError, RuntimeError):
     """The cache cannot do what was asked in its present state."""
+
+
+class GpuOutOfMemory(HeadInferError, RuntimeError):
+    """The GPU ran out of memory during a prefill; the cache holds what was complete.
+
+    Attributes:
+        chunk_tokens: tokens of the forward pass that failed.
+        complete_tokens: tokens the cache holds.
+        remedy_chunk_tokens: a chunk that takes about half of the memory.
+    """
+
+    def __init__(
+        self, message: str, *, chunk_tokens: int, complete_tokens: int, remedy_chunk_tokens: int
+    ) -> None:
+        super().__init__(message)
+        self.chunk_tokens = chunk_tokens
+        self.complete_tokens = complete_tokens
+        self.remedy_chunk_tokens = remedy_chunk_tokens
 
 
 class TierError(HeadInferError, RuntimeError):

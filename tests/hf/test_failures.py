@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import headinfer
+from headinfer.errors import GpuOutOfMemory
 from headinfer.hf import attention as attention_module
 from headinfer.hf.attention import HARMLESS, REFUSED, headinfer_attention
 from headinfer.hf.cache import HeadCache
@@ -567,3 +568,83 @@ def test_a_reset_cache_plans_anew(llama: Any, ids: Any, head_cache: Any, close: 
         assert cache.stats().host_bytes == 0
         close(llama(ids(150, batch=3), past_key_values=cache).logits, expected)
     assert cache.plan.batch == 3
+
+
+def failing(module: Any, passes: int) -> Any:
+    """`module` runs out of GPU memory in its forward pass number `passes`, once."""
+    left = [passes]
+
+    def hook(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+
+    return module.register_forward_pre_hook(hook)
+
+
+def test_out_of_memory_in_a_prefill_leaves_what_was_complete(
+    llama: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    tokens = ids(400)
+    llama.set_attn_implementation("eager")
+    expected = llama.generate(tokens, max_new_tokens=6, do_sample=False)
+    options["chunk_tokens"] = 256
+    with headinfer.attach(llama, **options) as run:
+        failing(llama.model.layers[1].mlp, 2)
+        with pytest.raises(
+            GpuOutOfMemory, match=r"chunk of 256 tokens .*2\.00 GiB\); the cache"
+        ) as e:
+            llama.generate(tokens, max_new_tokens=6, do_sample=False)
+        assert (e.value.complete_tokens, e.value.remedy_chunk_tokens) == (399, 128)
+        found = llama.generate(
+            tokens,
+            max_new_tokens=6,
+            do_sample=False,
+            past_key_values=run.cache,
+            prefill_chunk_size=e.value.remedy_chunk_tokens,
+        )
+    assert torch.equal(found, expected)
+
+
+def test_out_of_memory_before_the_last_layer_goes_back_a_chunk(
+    llama: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    tokens = ids(400)
+    llama.set_attn_implementation("eager")
+    expected = llama.generate(tokens, max_new_tokens=6, do_sample=False)
+    options["chunk_tokens"] = 200
+    with headinfer.attach(llama, **options) as run:
+        failing(llama.model.layers[0].mlp, 2)
+        with pytest.raises(GpuOutOfMemory, match="complete up to token 200: go on with") as e:
+            llama.generate(tokens, max_new_tokens=6, do_sample=False)
+        found = llama.generate(
+            tokens,
+            max_new_tokens=6,
+            do_sample=False,
+            past_key_values=run.cache,
+            prefill_chunk_size=e.value.remedy_chunk_tokens,
+        )
+        assert torch.equal(found, expected)
+        cache = run.new_cache()
+        failing(llama.model.layers[0].mlp, 3)
+        with pytest.raises(GpuOutOfMemory) as e:
+            headinfer.prefill(llama, tokens, cache, chunk_tokens=150)
+        assert e.value.complete_tokens == cache.get_seq_length() == 300
+        headinfer.prefill(llama, tokens[:, 300:], cache, chunk_tokens=e.value.remedy_chunk_tokens)
+        assert cache.get_seq_length() == 400
+
+
+def test_out_of_memory_where_the_cache_cannot_go_back_empties_it(build: Any, ids: Any) -> None:
+    model = build("gemma2", sliding_window=40)
+    tokens = ids(300)
+    expected = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    with headinfer.attach(model, chunk_tokens=128) as run:
+        failing(model.model.layers[1].mlp, 2)
+        with pytest.raises(GpuOutOfMemory, match=r"was emptied|complete up to"):
+            model.generate(tokens, max_new_tokens=4, do_sample=False)
+        failing(model.model.layers[0].mlp, 2)
+        with pytest.raises(GpuOutOfMemory, match="its cache was emptied"):
+            model.generate(tokens, max_new_tokens=4, do_sample=False)
+        assert run.cache is not None
+        assert run.cache.get_seq_length() == 0
+        assert torch.equal(model.generate(tokens, max_new_tokens=4, do_sample=False), expected)

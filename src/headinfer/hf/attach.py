@@ -229,7 +229,9 @@ class Session:
         if self._options.on_unsupported == "error":
             self.model.set_attn_implementation(NAME)
         if hasattr(type(self.model), "_prefill"):
-            self.model._prefill = Prefill(self.model, self._chunk_tokens(), self._announced)
+            self.model._prefill = Prefill(
+                self.model, self._chunk_tokens(), self._announced, lambda: self.cache
+            )
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )

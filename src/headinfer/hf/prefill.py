@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import InputError
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.exhausted import kept_when_exhausted
 from headinfer.hf.geometry import resolve_budget
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, make_plan
 
@@ -51,6 +52,7 @@ def prefill(
     Raises:
         InputError: no tokens, a mask of another shape, or an encoder-decoder.
         BudgetTooSmall: a budget of the cache holds no chunk at all.
+        GpuOutOfMemory: with the cache complete up to the token the error names.
     """
     past = length_of(cache)
     _check(model, input_ids, attention_mask, past, chunk_tokens)
@@ -58,7 +60,8 @@ def prefill(
     given: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     chunk = chunk_tokens or _chunk_of(model, cache, batch=input_ids.shape[0])
     output: Any = None
-    with torch.no_grad():
+    held = cache if isinstance(cache, HeadCache) else None
+    with torch.no_grad(), kept_when_exhausted(lambda: held, chunk, past + input_ids.shape[1]):
         for start in range(0, input_ids.shape[1], chunk):
             ids = input_ids[:, start : start + chunk]
             if attention_mask is not None:
@@ -81,6 +84,7 @@ class Prefill:
         chunk_tokens: tokens per forward pass where the generation config names none.
         announce: told, before a prompt runs, its tokens and the most tokens there will be; None
             leaves all to transformers.
+        cache_now: names the cache that is being filled.
     """
 
     def __init__(
@@ -88,8 +92,10 @@ class Prefill:
         model: PreTrainedModel,
         chunk_tokens: int | None = None,
         announce: Announce | None = None,
+        cache_now: Callable[[], HeadCache | None] = lambda: None,
     ) -> None:
         self._model = model
+        self._cache_now = cache_now
         self._chunk_tokens = chunk_tokens
         self._announce = announce
 
@@ -105,16 +111,33 @@ class Prefill:
         is_first_iteration: bool = True,
         **more: Any,
     ) -> Any:
+        if self._announce is None:
+            run = type(self._model)._prefill
+            return run(
+                self._model, input_ids, generation_config, model_kwargs, is_first_iteration, **more
+            )
+        chunk = generation_config.prefill_chunk_size or self._chunk_tokens or input_ids.shape[1]
+        embeds = model_kwargs.get("inputs_embeds")
+        length = (input_ids if embeds is None else embeds).shape[1]
+        with kept_when_exhausted(self._cache_now, chunk, length):
+            return self._run(input_ids, generation_config, model_kwargs, is_first_iteration, **more)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool,
+        **more: Any,
+    ) -> Any:
         def stock(ids: Tensor, config: Any, arguments: dict[str, Any]) -> Any:
             run = type(self._model)._prefill
             return run(self._model, ids, config, arguments, is_first_iteration, **more)
 
-        if self._announce is None:
-            return stock(input_ids, generation_config, model_kwargs)
         is_decoder = not self._model.config.is_encoder_decoder
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration and is_decoder else None
         prompt = (input_ids if embeds is None else embeds).shape[1]
-        if is_first_iteration and is_decoder:
+        if is_first_iteration and is_decoder and self._announce is not None:
             self._announce(prompt, max(generation_config.max_length or 0, prompt + 1))
         chunk = generation_config.prefill_chunk_size or self._chunk_tokens
         whole = _changed(generation_config, prefill_chunk_size=None)

@@ -60,3 +60,39 @@ def test_doctor_fails_when_an_answer_differs(
 
     monkeypatch.setattr(DoctorReport, "ok", property(lambda report: False))
     assert headinfer("doctor", tiny).status == 1
+
+
+def test_a_plan_for_another_machine_has_a_table_by_context(headinfer: Program, tiny: str) -> None:
+    asked = ("plan", tiny, "--tokens", "40K", "--gpu", "RTX 4090", "--ram", "64GiB")
+    text = headinfer(*asked).out
+    assert "estimated from public figures" in text
+    for length in ("8,192", "16,384", "32,768", "40,960"):
+        assert f"{length}  " in text
+    plan = json.loads(headinfer(*asked, "--json").out)
+    assert [line["tokens"] for line in plan["contexts"]] == [8192, 16384, 32768, 40960]
+    assert all(line["predicted_itl_s"] > 0 for line in plan["contexts"])
+
+
+def test_an_unknown_gpu_and_a_wrong_length_are_single_lines(headinfer: Program, tiny: str) -> None:
+    result = headinfer("plan", tiny, "--tokens", "1M", "--gpu", "Voodoo 2")
+    assert result.status == 1
+    assert "known: T4" in result.error
+    for wrong in ("0", "1G", "-5", "1.5K", "x"):
+        result = headinfer("plan", tiny, "--tokens", wrong)
+        assert result.status == 2
+        assert "write for example 131072, 128K or 1M" in result.error
+
+
+def test_doctor_measures_this_machine_when_asked(
+    headinfer: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from headinfer.hf import probe
+    from headinfer.rates import Rates
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path))
+    rates = Rates("this machine", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: rates)
+    assert "not measured yet" in headinfer("doctor").out
+    assert "rates of this machine in float32" in headinfer("doctor", "--probe").out
+    assert "rates of this machine in float32" in headinfer("doctor").out
+    assert json.loads(headinfer("doctor", "--json").out)["rates"]["weight_bytes_s"] == 1e10

@@ -146,12 +146,19 @@ def run(
 def plan(
     model: opt.Model,
     tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of the prompt.", show_default=False)
+        str,
+        typer.Option(
+            metavar="N",
+            help="Length of the prompt; 128K and 1M are 2**17 and 2**20.",
+            show_default=False,
+        ),
     ],
     new_tokens: Annotated[
         int, typer.Option(metavar="N", min=0, help="Length of the answer.")
     ] = 256,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at once.")] = 1,
+    gpu: opt.Gpu = None,
+    ram: opt.Ram = None,
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
@@ -161,12 +168,13 @@ def plan(
     as_json: opt.AsJson = False,
 ) -> None:
     """Say what a run would take."""
-    from headinfer.cli.examine import show_plan
+    from headinfer.cli.examine import Elsewhere, show_plan
 
     show_plan(
         model,
         Memory(gpu_memory, host_memory, chunk_tokens),
-        tokens=tokens,
+        Elsewhere(gpu, ram),
+        tokens=opt.token_count(tokens),
         new_tokens=new_tokens,
         batch=batch,
         device=device,
@@ -189,6 +197,10 @@ def doctor(
     device: opt.Device = None,
     dtype: opt.DtypeOption = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Measure this machine's rates again; takes some seconds."),
+    ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Examine the machine, and a model."""
@@ -199,6 +211,7 @@ def doctor(
         device=device,
         dtype=opt.name(dtype),
         trust_remote_code=trust_remote_code,
+        probe=probe,
         as_json=as_json,
     )
     if not ok:

@@ -82,6 +82,25 @@ TrustRemoteCode = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help='Plan for a GPU one does not have, e.g. "RTX 4090"; times are then estimates.',
+        show_default=False,
+        rich_help_panel=MEMORY,
+    ),
+]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        callback=_size,
+        help="Plan for a machine with this much memory, e.g. 64GiB.",
+        show_default=False,
+        rich_help_panel=MEMORY,
+    ),
+]
 GpuMemory = Annotated[
     str | None,
     typer.Option(
@@ -225,3 +244,20 @@ OnUnsupportedOption = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+
+
+def token_count(text: str) -> int:
+    """Tokens from "131072", "128K" or "1M"; K is 1,024 and M its square.
+
+    Raises:
+        typer.BadParameter: not a whole number of at least 1.
+    """
+    cleaned = text.strip().replace(",", "").replace("_", "").lower()
+    unit = {"k": 2**10, "m": 2**20}.get(cleaned[-1:], 1)
+    digits = cleaned[:-1] if unit > 1 else cleaned
+    if not digits.isascii() or not digits.isdigit() or int(digits) < 1:
+        raise typer.BadParameter(
+            f"{text!r} is not a number of tokens; write for example 131072, 128K or 1M",
+            param_hint="--tokens",
+        )
+    return int(digits) * unit

@@ -57,10 +57,13 @@ RUN = _help(
 
 PLAN = _help(
     "Say what a run would take, without running it.",
-    "No weights are loaded and no GPU is needed: give --gpu-memory to plan for one that is "
-    "elsewhere. A budget that is too small is refused with the smallest that works.",
+    "No weights are loaded and no GPU is needed: --gpu and --ram plan for a machine that is "
+    "elsewhere. A table says for each length whether it fits, what it takes, how long, and what "
+    "limits it; times come from rates measured by `headinfer doctor --probe`, or, with --gpu, from "
+    "public figures. A budget that is too small is refused with the smallest that works.",
     examples=(
-        "headinfer plan MODEL --tokens 1000000 --gpu-memory 24GiB",
+        'headinfer plan MODEL --tokens 1M --gpu "RTX 4090" --ram 128GiB',
+        "headinfer plan MODEL --tokens 200000 --gpu-memory 24GiB",
         "headinfer plan demo --tokens 6000 --json",
     ),
 )

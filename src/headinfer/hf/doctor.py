@@ -26,6 +26,8 @@ from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
 from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
+from headinfer.hf.probe import known_rates
+from headinfer.rates import Rates
 
 TOKENS = 200
 CHUNK = 64
@@ -46,12 +48,18 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class DoctorReport:
-    """What was found; `ok` is false when a check failed."""
+    """What was found; `ok` is false when a check failed.
+
+    `rates` are those of `device` in `dtype`, if they were measured.
+    """
 
     versions: dict[str, str]
     devices: list[str]
     attention: dict[str, str]
     why_not: dict[str, dict[str, list[str]]]
+    device: torch.device
+    dtype: torch.dtype
+    rates: Rates | None
     model: str | None = None
     checks: list[Check] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -68,6 +76,7 @@ class DoctorReport:
             "devices": self.devices,
             "attention": self.attention,
             "why_not": self.why_not,
+            "rates": None if self.rates is None else self.rates.as_dict(),
             "model": self.model,
             "warnings": self.warnings,
             "checks": [
@@ -79,6 +88,10 @@ class DoctorReport:
         lines = [f"{name} {found}" for name, found in self.versions.items()]
         lines += self.devices
         lines += [f"{call}: {name}" for call, name in self.attention.items()]
+        if self.rates is None:
+            lines.append("rates: not measured yet; `headinfer doctor --probe` does it in seconds")
+        else:
+            lines.append(str(self.rates))
         lines += [f"warning: {warning}" for warning in self.warnings]
         for check in self.checks:
             state = "ok" if check.ok else "FAILED"
@@ -100,16 +113,29 @@ def doctor(model: PreTrainedModel | None = None) -> DoctorReport:
             "be had; close the session, then examine the model"
         )
     calls = dict(_calls())
+    device, dtype = _computes(model)
     report = DoctorReport(
         versions=_versions(),
         devices=_devices(),
         attention={name: _chosen(spec) for name, spec in calls.items()},
         why_not={name: why_not(spec) for name, spec in calls.items()},
+        device=device,
+        dtype=dtype,
+        rates=known_rates(device, dtype),
         model=None if model is None else type(model).__name__,
     )
     if model is not None:
         _examine(model, report)
     return report
+
+
+def _computes(model: PreTrainedModel | None) -> tuple[torch.device, torch.dtype]:
+    """Where and in which type: the model's, or what one would load here."""
+    if model is not None:
+        return model.device, model.dtype
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
 
 
 def _examine(model: PreTrainedModel, report: DoctorReport) -> None:

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what the cost model divides by, in a few seconds, and remembers it per machine.
+
+Layers are timed on random-weight Llamas, because what transformers itself costs per layer and per
+token is part of every prediction. A cached measurement counts for one machine, element type and
+set of library versions.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import __version__ as transformers_version
+
+import headinfer
+from headinfer.attention.api import attend
+from headinfer.hf.attach import attach
+from headinfer.hf.demo_model import cache_folder
+from headinfer.hf.quiet import quiet_transformers
+from headinfer.rates import Rates
+from headinfer.tiers import HostTier
+
+_log = logging.getLogger(__name__)
+
+MIB, GIB = 2**20, 2**30
+DIMS = (64, 128)
+NO_ATTENTION = "headinfer-probe"
+
+
+def rates_for(device: torch.device | str, dtype: torch.dtype, *, refresh: bool = False) -> Rates:
+    """The rates of this machine, from the cache or measured now (a few seconds).
+
+    Args:
+        device: where models compute.
+        dtype: of weights, keys and values.
+        refresh: measure even if a measurement is there.
+    """
+    device = torch.device(device)
+    path = cache_folder() / f"rates-{_key(device, dtype)}.json"
+    if not refresh and (found := _read(path)) is not None:
+        return found
+    rates = measure(device, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(rates.as_dict(), indent=2))
+        draft.replace(path)
+    except OSError as error:  # a measurement that cannot be kept is still one
+        _log.warning("the rates of this machine cannot be kept in %s: %s", path.parent, error)
+    return rates
+
+
+def known_rates(device: torch.device | str, dtype: torch.dtype) -> Rates | None:
+    """The rates of this machine if they were measured before."""
+    device = torch.device(device)
+    return _read(cache_folder() / f"rates-{_key(device, dtype)}.json")
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure now; takes a few seconds and up to 2 GiB on the device."""
+    started = time.perf_counter()
+    clock = _Clock(device)
+    gpu = device.type == "cuda"
+    with torch.no_grad(), quiet_transformers():
+        layer_s, token_s = _per_layer(device, dtype)
+        block_flops = _block_flops(clock, device, dtype)
+        weight_bytes_s = _weight_rate(clock, device, dtype)
+        attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
+        resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
+        host = torch.device("cpu")
+        near = _token_attention(_Clock(host), host, dtype, 512 * MIB) if gpu else None
+        copies = _copies(clock, device) if gpu else (None, None)
+        pin = _pinning() if gpu else None
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+    return Rates(
+        machine=machine_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        block_flops=block_flops,
+        attention_flops=attention,
+        weight_bytes_s=weight_bytes_s,
+        resident_bytes_s=resident,
+        layer_s=layer_s,
+        token_s=token_s,
+        h2d_bytes_s=copies[0],
+        d2h_bytes_s=copies[1],
+        near_bytes_s=near,
+        host_read_bytes_s=_host_read(),
+        pin_s_per_gib=pin,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def machine_name(device: torch.device) -> str:
+    """Processor, cores, memory, and the GPU if that computes."""
+    memory = round(psutil.virtual_memory().total / GIB)
+    host = f"{_processor()}, {torch.get_num_threads()} threads, {memory} GiB"
+    return host if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} on {host}"
+
+
+class _Clock:
+    """Seconds of work on a device: the shortest of several runs after one that warms up, because
+    whatever else the machine does only ever makes one longer."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def seconds(self, run: Callable[[], Any], *, times: int = 5) -> float:
+        run()
+        self._wait()
+        found = []
+        for _ in range(times):
+            started = time.perf_counter()
+            run()
+            self._wait()
+            found.append(time.perf_counter() - started)
+        return min(found)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _per_layer(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a layer with next to nothing to compute, and of a token beside its layers."""
+    seconds = {depth: _decode_s(device, dtype, depth) for depth in (2, 10)}
+    layer = max((seconds[10] - seconds[2]) / 8, 1e-6)
+    return layer, max(seconds[2] - 2 * layer, 0.0)
+
+
+def _decode_s(device: torch.device, dtype: torch.dtype, depth: int) -> float:
+    model = LlamaForCausalLM(_llama(64, 128, depth, vocab=256)).to(device, dtype).eval()
+    ids = torch.ones((1, 32), dtype=torch.long, device=device)
+    step = _Steps()
+    with attach(model, expected_tokens=64):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
+                       do_sample=False, eos_token_id=None, pad_token_id=0, streamer=step)  # fmt: skip
+    return min(step.seconds[4:])
+
+
+class _Steps:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _block_flops(clock: _Clock, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of layers without their attention, norms and activations included."""
+    AttentionInterface.register(NO_ATTENTION, _no_attention)
+    hidden, inner, rows = (4096, 14336, 2048) if device.type == "cuda" else (1024, 2816, 256)
+    config = _llama(hidden, inner, 2, vocab=16)
+    config._attn_implementation = NO_ATTENTION
+    with torch.device(device):
+        model = LlamaModel(config).to(dtype).eval()
+    weights = sum(w.numel() for layer in model.layers for w in layer.parameters() if w.dim() == 2)
+    x = torch.zeros((1, rows, hidden), device=device, dtype=dtype)
+    seconds = clock.seconds(lambda: model(inputs_embeds=x, use_cache=False), times=7)
+    return float(2 * rows * weights) / seconds
+
+
+def _weight_rate(clock: _Clock, device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of weights that one token passes, more of them than caches hold."""
+    count, hidden = (16, 4096) if device.type == "cuda" else (32, 1024)
+    weights = [torch.zeros((2 * hidden, hidden), device=device, dtype=dtype) for _ in range(count)]
+    x = torch.zeros((1, hidden), device=device, dtype=dtype)
+
+    def run() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+
+    return sum(weight.nbytes for weight in weights) / clock.seconds(run)
+
+
+def _no_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> Any:
+    return query.transpose(1, 2), None
+
+
+def _llama(hidden: int, inner: int, depth: int, *, vocab: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=depth,
+        num_attention_heads=max(hidden // 128, 2),
+        num_key_value_heads=max(hidden // 512, 1),
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+    )
+
+
+def _prompt_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, dim: int) -> float:
+    rows, keys = (4096, 32768) if device.type == "cuda" else (256, 4096)
+    q = torch.randn((1, 4, rows, dim), device=device, dtype=dtype)
+    k, v = (torch.randn((1, 1, keys, dim), device=device, dtype=dtype) for _ in range(2))
+    seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5))
+    flops = 4.0 * 4 * rows * keys * dim
+    return flops / seconds
+
+
+def _token_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, nbytes: int) -> float:
+    """Bytes/s of keys and values attended by one token, 4 query heads each, more than caches hold."""
+    dim, heads = 128, 4
+    keys = nbytes // (2 * heads * dim * dtype.itemsize)
+    q = torch.randn((1, 4 * heads, 1, dim), device=device, dtype=dtype)
+    k, v = (torch.zeros((1, heads, keys, dim), device=device, dtype=dtype) for _ in range(2))
+    seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5), times=3)
+    return (k.nbytes + v.nbytes) / seconds
+
+
+def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:
+    there = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    down = clock.seconds(lambda: there.copy_(here, non_blocking=True))
+    up = clock.seconds(lambda: here.copy_(there, non_blocking=True))
+    return here.numel() / down, here.numel() / up
+
+
+def _pinning() -> float | None:
+    """Seconds per GiB of page-locking memory touched before; None where it is refused."""
+    found = []
+    for _ in range(2):
+        tier = HostTier(pin=True)
+        started = time.perf_counter()
+        tier.allocate(GIB // 2)
+        found.append(2 * (time.perf_counter() - started))
+        refused = tier.pin_failure
+        tier.close()
+        if refused is not None:
+            return None
+    return found[-1]
+
+
+def _host_read() -> float:
+    memory = torch.ones(64 * MIB, dtype=torch.float32)
+    return memory.nbytes / _Clock(torch.device("cpu")).seconds(memory.sum, times=3)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the general name will do
+    return platform.processor() or platform.machine()
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    parts = [machine_name(device), str(dtype), torch.__version__, transformers_version]
+    parts.append(headinfer.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _read(path: Any) -> Rates | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return Rates.from_dict(found) if isinstance(found, dict) else None

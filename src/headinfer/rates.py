@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine was measured to do, as numbers the cost model divides by.
+
+Rates are bytes/s and FLOP/s with GB = 10**9; times are seconds. Measuring them is the business
+of `headinfer.hf.probe`; nothing here knows how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Measurements of one compute device and its host, in one element type.
+
+    Attributes:
+        machine: what was measured; other machines must not use it.
+        dtype: element type of weights, keys and values.
+        block_flops: FLOP/s of a decoder layer without its attention, long inputs.
+        attention_flops: FLOP/s of attention of a chunk over many keys, by head dim.
+        weight_bytes_s: bytes of weights read per second for a single token.
+        resident_bytes_s: bytes of keys and values attended per second where the device reads them
+            in place, for a single token.
+        layer_s: seconds of a layer that has next to nothing to compute.
+        token_s: seconds of a generated token beside its layers: sampling, masks, Python.
+        h2d_bytes_s: host to device from page-locked memory; None on a CPU.
+        d2h_bytes_s: device to host; None on a CPU.
+        near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
+            CPU, where that is `resident_bytes_s`.
+        host_read_bytes_s: host memory read by all threads.
+        pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
+        seconds: how long measuring took.
+    """
+
+    machine: str
+    dtype: str
+    block_flops: float
+    attention_flops: Mapping[int, float]
+    weight_bytes_s: float
+    resident_bytes_s: float
+    layer_s: float
+    token_s: float
+    h2d_bytes_s: float | None = None
+    d2h_bytes_s: float | None = None
+    near_bytes_s: float | None = None
+    host_read_bytes_s: float | None = None
+    pin_s_per_gib: float | None = None
+    seconds: float = 0.0
+    version: int = field(default=VERSION)
+
+    def attention_flops_of(self, dim: int) -> float:
+        """The rate at the nearest head dim measured."""
+        return self.attention_flops[min(self.attention_flops, key=lambda known: abs(known - dim))]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Rates | None:
+        """The record `as_dict` made; None if it is of another version or incomplete."""
+        if found.get("version") != VERSION:
+            return None
+        try:
+            dims = {int(dim): float(rate) for dim, rate in found["attention_flops"].items()}
+            return cls(**{**found, "attention_flops": dims})
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def __str__(self) -> str:
+        def gb(rate: float | None) -> str:
+            return "-" if rate is None else f"{rate / 1e9:,.1f} GB/s"
+
+        dims = ", ".join(
+            f"{rate / 1e12:,.2f} at {dim}" for dim, rate in self.attention_flops.items()
+        )
+        lines = [
+            f"rates of {self.machine} in {self.dtype}, measured in {self.seconds:.1f} s:",
+            f"  layers without attention: {self.block_flops / 1e12:,.2f} TFLOP/s",
+            f"  attention of a prompt, by head dim: {dims} TFLOP/s",
+            f"  one token reads weights at {gb(self.weight_bytes_s)}",
+            f"  one token attends keys and values in place at {gb(self.resident_bytes_s)}",
+            f"  host memory is read at {gb(self.host_read_bytes_s)}",
+            (
+                f"  a layer takes at least {self.layer_s * 1e3:.2f} ms, a token "
+                f"{self.token_s * 1e3:.2f} ms more"
+            ),
+        ]
+        if self.h2d_bytes_s is not None:
+            pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"
+            lines += [
+                f"  host to device {gb(self.h2d_bytes_s)}, back {gb(self.d2h_bytes_s)}",
+                f"  the CPU attends offloaded heads at {gb(self.near_bytes_s)}",
+                f"  page-locking {pin}",
+            ]
+        return "\n".join(lines)

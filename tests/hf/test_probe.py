@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured rates: plausible, remembered, and used by forecasts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.hf import probe
+from headinfer.hf.forecast import contexts_up_to, forecast
+from headinfer.hf.probe import known_rates, rates_for
+from headinfer.rates import Rates
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def shape(**more: Any) -> LlamaConfig:
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        **more,
+    )
+    config.dtype = torch.float32
+    return config
+
+
+def test_this_machine_is_measured_once_and_remembered(cache: Path) -> None:
+    assert known_rates(CPU, torch.float32) is None
+    rates = rates_for(CPU, torch.float32)
+    assert 1e6 < rates.block_flops < 1e15
+    assert set(rates.attention_flops) == set(probe.DIMS)
+    for rate in (rates.weight_bytes_s, rates.resident_bytes_s, rates.host_read_bytes_s):
+        assert rate is not None
+        assert 1e6 < rate < 1e13
+    assert rates.h2d_bytes_s is rates.pin_s_per_gib is None
+    assert known_rates(CPU, torch.float32) == rates_for(CPU, torch.float32) == rates
+    assert known_rates(CPU, torch.bfloat16) is None
+    (file,) = cache.glob("rates-*.json")
+    file.write_text("{torn")
+    assert known_rates(CPU, torch.float32) is None
+
+
+def test_rates_that_cannot_be_kept_are_still_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: "measured")
+    assert rates_for(CPU, torch.float32) == "measured"
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_forecast_has_a_line_per_context_and_refusals_are_lines_too(cache: Path) -> None:
+    lengths = contexts_up_to(100_000)
+    assert lengths == [8192, 16384, 32768, 65536, 100_000]
+    found = forecast(shape(), lengths, gpu="RTX 4090", ram="64GiB", new_tokens=10)
+    assert [outlook.tokens for outlook in found.outlooks] == lengths
+    assert all(outlook.plan is not None for outlook in found.outlooks)
+    seconds = [outlook.prediction.prefill_s for outlook in found.outlooks if outlook.prediction]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == len(lengths)
+    assert found.rates is not None
+    assert "estimated" in found.rates.machine
+    json.dumps(found.as_dict())
+    with pytest.raises(BudgetTooSmall, match="host budget is"):
+        forecast(shape(), lengths, gpu="RTX 4090", ram="64KiB", gpu_memory="450MiB")
+    with pytest.raises(InputError, match="called 'Voodoo 2'"):
+        forecast(shape(), lengths, gpu="Voodoo 2")
+
+
+def test_a_machine_that_was_not_measured_gives_memory_without_times(cache: Path) -> None:
+    found = forecast(shape(), [4096], device="cpu")
+    assert found.rates is None
+    assert found.outlooks[0].prediction is None
+    assert "predicted_ttft_s" not in found.outlooks[0].as_dict()
+
+
+def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) -> None:
+    rates = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: rates)
+    rates_for(CPU, torch.float32)
+    found = forecast(shape(), [4096], device="cpu")
+    assert found.rates == rates
+    assert found.outlooks[0].prediction is not None
+    assert found.outlooks[0].prediction.decode_s > 4 * 1e-4

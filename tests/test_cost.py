@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model: arithmetic checked by hand, more memory never slower, what limits is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.budget import GIB, MemoryBudget
+from headinfer.cost import (
+    attention_flops,
+    block_params,
+    chunk_time,
+    decode_time,
+    offloaded_bytes,
+    predict,
+)
+from headinfer.errors import BudgetTooSmall
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.options import Options
+from headinfer.plan import make_plan
+from headinfer.rates import Rates
+
+FULL = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+LLAMA3_8B = Geometry((FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B")
+GPU = Rates(
+    machine="made up",
+    dtype="bfloat16",
+    block_flops=600e12,
+    attention_flops={64: 400e12, 128: 600e12},
+    weight_bytes_s=3000e9,
+    resident_bytes_s=2500e9,
+    layer_s=0.5e-3,
+    token_s=1e-3,
+    h2d_bytes_s=53e9,
+    d2h_bytes_s=55e9,
+    near_bytes_s=108e9,
+)
+CPU = Rates(
+    machine="made up",
+    dtype="float32",
+    block_flops=100e9,
+    attention_flops={64: 80e9, 128: 90e9},
+    weight_bytes_s=20e9,
+    resident_bytes_s=25e9,
+    layer_s=0.2e-3,
+    token_s=1e-3,
+)
+
+
+def planned(gpu=24 * GIB, tokens=131_072, **more):
+    options = Options(
+        budget=MemoryBudget(gpu_bytes=gpu, host_bytes=200 * GIB), expected_tokens=tokens, **more
+    )
+    return make_plan(LLAMA3_8B, options, device="cuda")
+
+
+def test_weights_and_flops_are_counted():
+    # 4,096 x (4,096 + 2 x 1,024 + 4,096) + 3 x 4,096 x 14,336, 32 times
+    assert block_params(LLAMA3_8B) == 32 * (4096 * 10240 + 3 * 4096 * 14336)
+    # 4 FLOPs per query head, dim and visible (row, key) pair
+    pairs = 100 * 1000 + 100 * 101 / 2
+    assert attention_flops(FULL, past=1000, new=100) == 4 * 32 * 128 * pairs
+    window = LayerGeometry(LayerKind.SLIDING, 8, 128, 128, 32, window=512)
+    assert attention_flops(window, past=10_000, new=100) == 4 * 32 * 128 * 100 * 512
+    assert attention_flops(LayerGeometry(LayerKind.STATE), past=9, new=9) == 0
+
+
+def test_a_chunk_is_affine_in_the_tokens_before_it():
+    plan = planned(near_data=0, resident_heads=0)
+    seconds = [chunk_time(plan, GPU, past=past, new=8192).seconds for past in (0, 40_000, 80_000)]
+    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0])
+    assert seconds[0] > 0
+
+
+def test_decode_that_streams_takes_its_bytes_over_the_link():
+    plan = planned(near_data=0.0, resident_heads=0)
+    step = decode_time(plan, GPU, length=131_072)
+    assert offloaded_bytes(plan, 131_072) == 16 * GIB
+    assert step.seconds == pytest.approx(16 * GIB / 53e9)
+    assert step.limit == "streaming"
+
+
+def test_decode_shared_with_the_cpu_ends_on_both_sides_together():
+    step = decode_time(planned(resident_heads=0), GPU, length=131_072)
+    chain = 32 * 0.5e-3 + 1e-3
+    assert step.parts["streaming"] == pytest.approx(chain + step.parts["near-data attention"])
+    assert step.seconds == pytest.approx(step.parts["streaming"])
+    assert step.seconds < 16 * GIB / 53e9 / 2
+
+
+def test_a_cpu_does_one_thing_after_another():
+    plan = make_plan(
+        LLAMA3_8B, Options(budget=MemoryBudget(None, None), expected_tokens=1000), device="cpu"
+    )
+    step = decode_time(plan, CPU, length=1000)
+    assert step.seconds == pytest.approx(sum(step.parts.values()))
+    assert step.limit == "weights"
+    assert predict(plan, CPU, prompt_tokens=1000).prefill_limit == "projections and MLP"
+
+
+def test_what_limits_is_named():
+    fits = predict(planned(gpu=100 * GIB), GPU, prompt_tokens=131_072)
+    assert fits.decode_limit == "launching"
+    assert fits.prefill_limit == "attention"
+    assert predict(planned(gpu=100 * GIB), GPU, prompt_tokens=4096).prefill_limit == (
+        "projections and MLP"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    gpu=st.integers(17 * GIB, 60 * GIB),
+    more=st.integers(0, 20 * GIB),
+    tokens=st.integers(1, 400_000),
+    near=st.sampled_from([0.0, None]),
+)
+def test_more_gpu_memory_never_predicts_slower_decode(gpu, more, tokens, near):
+    try:
+        small, large = (
+            planned(g, tokens, near_data=near, chunk_tokens=2048) for g in (gpu, gpu + more)
+        )
+    except BudgetTooSmall:
+        return
+    slow, fast = (decode_time(plan, GPU, length=tokens).seconds for plan in (small, large))
+    assert fast <= slow * (1 + 1e-9)
+
+
+def test_rates_survive_json_and_another_version_is_refused():
+    found = Rates.from_dict(json.loads(json.dumps(GPU.as_dict())))
+    assert found == GPU
+    assert found.attention_flops_of(80) == 400e12
+    assert "made up" in str(found)
+    assert "page-locking" in str(found)
+    assert "page-locking" not in str(CPU)
+    assert Rates.from_dict({**GPU.as_dict(), "version": 0}) is None
+    assert Rates.from_dict({"version": 1}) is None
+    assert Rates.from_dict({**GPU.as_dict(), "attention_flops": 3}) is None

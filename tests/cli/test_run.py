@@ -142,3 +142,24 @@ def test_a_text_shortened_as_advised_is_accepted(
     assert headinfer("run", tiny, *flags).status == 0
     book.write_text("a" * (most + 1))
     assert headinfer("run", tiny, *flags).status == 1
+
+
+def test_what_was_predicted_is_shown_beside_what_was_measured(
+    headinfer: Program, tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    from headinfer.hf import probe
+    from headinfer.rates import Rates
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path))
+    asked = ("run", tiny, "--prompt", "hello", "--max-new-tokens", "3")
+    assert "predicted" not in headinfer(*asked).err
+    assert json.loads(headinfer(*asked, "--json").out)["predicted"] is None
+    rates = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: rates)
+    probe.rates_for(torch.device("cpu"), torch.float32)
+    assert "to the first token" in headinfer(*asked).err
+    predicted = json.loads(headinfer(*asked, "--json").out)["predicted"]
+    assert predicted["itl_s"] > 2e-4
+    assert predicted["decode_limit"]

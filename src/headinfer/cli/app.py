@@ -112,7 +112,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Ask a model about a text."""
-    from headinfer.cli.job import execute, print_json
+    from headinfer.cli.job import execute, print_comparison, print_json
     from headinfer.cli.prompt import read_prompt
 
     job = Job(
@@ -140,6 +140,8 @@ def run(
     outcome = execute(job)
     if as_json:
         print_json(outcome.as_dict())
+    else:
+        print_comparison(outcome)
 
 
 @app.command(help=prose.PLAN)

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from headinfer.budget import format_bytes
 from headinfer.cli.console import print_table, stderr
-from headinfer.cli.job import Job, Outcome, Run, execute, print_json
+from headinfer.cli.job import Job, Outcome, Run, execute, print_comparison, print_json
 
 QUESTION = "Where was the cellar key hung?"
 DOCUMENT = "small_desk.md"
@@ -27,6 +27,7 @@ def demo(job: Job) -> None:
         print_json(outcome.as_dict())
     else:
         print_measured(outcome)
+        print_comparison(outcome)
 
 
 def print_measured(outcome: Outcome) -> None:

@@ -20,6 +20,7 @@ from headinfer.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from headinfer.cost import Prediction
     from headinfer.hf.generate import Generated, Prompt, Sampling
 
 
@@ -69,7 +70,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished job: decided and measured, never mixed."""
+    """A finished job: decided and measured, never mixed.
+
+    `predicted` is None where the machine's rates are not known: `headinfer doctor --probe`.
+    """
 
     job: Job
     loaded: dict[str, Any]
@@ -77,6 +81,7 @@ class Outcome:
     stats: dict[str, int]
     headwise: Run
     resident: Run | None
+    predicted: Prediction | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -93,7 +98,15 @@ class Outcome:
             "stats": self.stats,
             "timings": answer.timings(),
             "peak": self.headwise.peak,
+            "predicted": None,
         }
+        if self.predicted is not None:
+            found["predicted"] = {
+                "ttft_s": self.predicted.prefill_s,
+                "itl_s": self.predicted.decode_s,
+                "prefill_limit": self.predicted.prefill_limit,
+                "decode_limit": self.predicted.decode_limit,
+            }
         if self.resident is not None:
             found["resident"] = {
                 "answer": self.resident.answer.text,
@@ -130,14 +143,27 @@ def execute(job: Job) -> Outcome:
             new_tokens=job.max_new_tokens,
             around_tokens=tokens_around(tokenizer, job.text, job.question, chat=job.chat),
         )
-    plan, stats, headwise = _run_headwise(job, model, tokenizer, prompt, sampling)
+    plan, predicted, stats, headwise = _run_headwise(job, model, tokenizer, prompt, sampling)
     resident = _run_resident(job, model, tokenizer, prompt, sampling) if job.compare else None
     loaded = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "load_s": load_s,
     }
-    return Outcome(job, loaded, plan, stats, headwise, resident)
+    return Outcome(job, loaded, plan, stats, headwise, resident, predicted)
+
+
+def print_comparison(outcome: Outcome) -> None:
+    """One line: what was predicted beside what was measured."""
+    predicted, found = outcome.predicted, outcome.headwise.answer.timings()
+    ttft, itl = found["ttft_s"], found["itl_s"]
+    if predicted is None or ttft is None:
+        return
+    later = "" if itl is None else f", {itl * 1e3:.0f} ms a token"
+    print_note(
+        f"predicted {predicted.prefill_s:.1f} s to the first token, {predicted.decode_s * 1e3:.0f} "
+        f"ms a token after it; measured {ttft:.1f} s{later}"
+    )
 
 
 def print_json(found: Mapping[str, Any]) -> None:
@@ -164,8 +190,9 @@ def _load(job: Job) -> tuple[Any, Any, float]:
 
 def _run_headwise(
     job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling
-) -> tuple[dict[str, Any], dict[str, int], Run]:
+) -> tuple[dict[str, Any], Prediction | None, dict[str, int], Run]:
     import headinfer
+    from headinfer.hf.forecast import predicted_for
     from headinfer.hf.generate import generate_text
     from headinfer.hf.peak import PeakMemory
 
@@ -183,8 +210,10 @@ def _run_headwise(
             observer=bar,
         ) as session,
     ):
+        predicted = None
         if session.plan is not None:
             print_note(str(session.plan))
+            predicted = predicted_for(session.plan, model, prompt_tokens=prompt.tokens)
         with bar, AnswerStream(bar, silent=job.as_json) as stream:
             answer = generate_text(
                 model,
@@ -196,7 +225,7 @@ def _run_headwise(
             )
         plan = session.plan.as_dict() if session.plan is not None else {}
         stats = session.stats.as_dict()
-    return plan, stats, Run(answer, peak.as_dict())
+    return plan, predicted, stats, Run(answer, peak.as_dict())
 
 
 def _run_resident(job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling) -> Run:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Unpack
 
 from headinfer.budget import parse_bytes
@@ -152,6 +152,12 @@ def forecast(
         _outlook(plan, asked, rates, tokens=length, new_tokens=new_tokens) for length in tokens
     ]
     return Forecast(plan.geometry, plan, outlooks, rates)
+
+
+def predicted_for(plan: Plan, model: PreTrainedModel, *, prompt_tokens: int) -> Prediction | None:
+    """Times of a run of `model` about to start; None if its machine was not measured."""
+    rates = known_rates(model.device, model.dtype)
+    return None if rates is None else predict(plan, rates, prompt_tokens=prompt_tokens)
 
 
 def _known(device: str, dtype: torch.dtype) -> Rates | None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class ForwardStarted:
-    """One forward pass of the model begins: `new_tokens` on top of `past_tokens`."""
+    """One forward pass of the model is enqueued from now on: `new_tokens` on top of `past_tokens`."""
 
     past_tokens: int
     new_tokens: int
@@ -21,9 +21,10 @@ class ForwardStarted:
 
 @dataclass(frozen=True, slots=True)
 class ForwardFinished:
-    """One forward pass was enqueued; on a GPU it may still be computing.
+    """One forward pass of a prompt has been computed; one of a single token, enqueued.
 
-    `seconds` is host time since the matching `ForwardStarted`.
+    `seconds` is host time since the matching `ForwardStarted`. On a GPU it comes while the next
+    pass is being computed.
     """
 
     past_tokens: int

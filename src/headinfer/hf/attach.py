@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import time
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -33,12 +32,13 @@ from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
+from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
-from headinfer.progress import ForwardFinished, ForwardStarted, Observer
+from headinfer.progress import Observer
 
 _log = logging.getLogger(__name__)
 
@@ -139,9 +139,8 @@ class Session:
         self.cache: HeadCache | None = None
         self._given = options
         self._options: Options = options_from(options)
-        self._observer = observer
+        self._passes = Passes(observer, mark_on(model.device))
         self._batch = batch_size or 1
-        self._started = 0.0
         self._closed = False
         self._first_plan: Plan | None = None
         self._length: tuple[int, int] | None = None
@@ -191,6 +190,7 @@ class Session:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
+        self._passes.flush()
         self.model.__dict__.pop("_prefill", None)
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
@@ -278,10 +278,7 @@ class Session:
         if self._caches(named) and not module.training:
             named["past_key_values"] = self._supply(named.get("past_key_values"))
             args, kwargs = self._with_cache(args, kwargs, named["past_key_values"])
-        self._started = time.perf_counter()
-        if self._observer is not None:
-            past, new = _lengths(named)
-            self._observer.on_event(ForwardStarted(past, new))
+        self._passes.begin(*_lengths(named))
         return args, kwargs
 
     def _after_forward(
@@ -289,10 +286,8 @@ class Session:
     ) -> None:
         if self._closed:
             return
-        if self._observer is not None:
-            seconds = time.perf_counter() - self._started
-            past, new = _lengths(self._named(args, kwargs))
-            self._observer.on_event(ForwardFinished(max(past - new, 0), new, seconds))
+        past, new = _lengths(self._named(args, kwargs))
+        self._passes.end(max(past - new, 0), new)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -32,9 +33,11 @@ from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
+from headinfer.hf.graphs import StepGraphs
 from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
+from headinfer.hf.step import CudaRecorder, Recorder
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
@@ -52,6 +55,7 @@ def attach(
     *,
     observer: Observer | None = None,
     batch_size: int | None = None,
+    step_graphs: bool = False,
     **options: Unpack[CacheOptions],
 ) -> Session:
     """`model` keeps its keys and values head by head until the session is closed.
@@ -64,6 +68,8 @@ def attach(
         observer: receives an event per forward pass.
         batch_size: sequences at once, beams counted, for the plan made with `expected_tokens`
             before the first forward pass, which tells by itself; default 1.
+        step_graphs: record what lies between the attention calls of a decode step as CUDA graphs
+            and replay it, after checking that a replayed step agrees with the model's own.
         options: see `CacheOptions`.
 
     Raises:
@@ -71,7 +77,7 @@ def attach(
         BudgetTooSmall: with `expected_tokens` given, when the run does not fit.
         UnsupportedModel: the model's code or config rules streaming out; names the way round.
     """
-    return Session(model, options, observer, batch_size)
+    return Session(model, options, observer, batch_size, step_graphs=step_graphs)
 
 
 def plan_for(
@@ -118,6 +124,7 @@ class Session:
         cache: the cache of the latest generation, None before the first.
         head_layers: layers kept head by head.
         warnings: what preflight found that may matter.
+        graphs: replays decode steps; None unless asked for on a GPU.
     """
 
     def __init__(
@@ -126,6 +133,8 @@ class Session:
         options: CacheOptions,
         observer: Observer | None,
         batch_size: int | None = None,
+        *,
+        step_graphs: bool = False,
     ) -> None:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not usable; give a whole number >= 1")
@@ -152,6 +161,8 @@ class Session:
         self._attention = _attention_in_use(model)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
+        self.graphs: StepGraphs | None = None
+        self._step_graphs = step_graphs
         self._hooks: list[Any] = []
         try:
             self._enter()
@@ -183,6 +194,12 @@ class Session:
         self.cache = HeadCache(config, weight_bytes=weights, **self._given)
         return self.cache
 
+    def replay_with(self, recorder: Callable[[], Recorder]) -> None:
+        """Decode steps are recorded by `recorder` from now on."""
+        self.graphs = StepGraphs(self.model, recorder)
+        if not self.graphs.refused:
+            self.model.forward = self.graphs
+
     def close(self) -> None:
         """Restore the model; the caches of this session stay usable only with their handles."""
         if self._closed:
@@ -192,6 +209,8 @@ class Session:
             hook.remove()
         self._passes.flush()
         self.model.__dict__.pop("_prefill", None)
+        if self.graphs is not None and self.model.__dict__.get("forward") is self.graphs:
+            del self.model.forward
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
 
@@ -232,6 +251,8 @@ class Session:
             self.model._prefill = Prefill(
                 self.model, self._chunk_tokens(), self._announced, lambda: self.cache
             )
+        if self._step_graphs and self.model.device.type == "cuda" and not self.materializes:
+            self.replay_with(CudaRecorder)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         )

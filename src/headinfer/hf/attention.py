@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRec
 from headinfer.errors import HandleError, UnsupportedAttention
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import register_mask
+from headinfer.hf.step import StepLayer, active_step
 from headinfer.totals import Expand, Query, attend_in_memory
 
 _log = logging.getLogger(__name__)
@@ -181,8 +182,12 @@ def _stream(
         sink=sink,
         expand=_expand(module) if origin.derived else None,
     )
+    step = active_step()
     with torch.no_grad():
-        out = origin.source.attend(origin.length, call)
+        if step is not None:
+            out = step.attend(cast(StepLayer, origin.source), call)
+        else:
+            out = origin.source.attend(origin.length, call)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
     return out

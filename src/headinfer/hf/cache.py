@@ -32,6 +32,7 @@ from headinfer.hf.attention import register
 from headinfer.hf.backing import Backing, CacheOptions, EngineFactory, options_from
 from headinfer.hf.geometry import geometry_of
 from headinfer.hf.handles import KVHandle, Origin
+from headinfer.hf.step import active_step
 from headinfer.layer import Stats
 from headinfer.plan import Plan
 from headinfer.runner import Runner
@@ -74,7 +75,7 @@ class HeadLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._handle(values=False)
+        return self._handle(self.length, values=False)
 
     @keys.setter
     def keys(self, given: Tensor | None) -> None:
@@ -82,7 +83,7 @@ class HeadLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        return self._handle(values=True)
+        return self._handle(self.length, values=True)
 
     @values.setter
     def values(self, given: Tensor | None) -> None:
@@ -103,16 +104,26 @@ class HeadLayer(CacheLayerMixin):
             TierFull: a memory budget is used up.
             BudgetTooSmall: at the first update, when the plan does not fit.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        runner = self.backing.runner_for(key_states, value_states, self.index + 1)
-        self._warn_if_long(key_states.shape[2])
-        with _lasting():
-            self.length = runner.append(self.index, key_states, value_states)
-        keys, values = self.keys, self.values
+        step = active_step()
+        if step is not None:
+            step.update(self, key_states, value_states)
+            length = self.length + key_states.shape[2]
+            keys, values = self._handle(length, values=False), self._handle(length, values=True)
+        else:
+            self.store(key_states, value_states)
+            keys, values = self.keys, self.values
         if keys is None or values is None:
             raise CacheStateError(f"layer {self.index} was given no tokens to store")
         return keys, values
+
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Store new keys and values [b, h, t, d]; raises what `update` raises."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        runner = self.backing.runner_for(keys, values, self.index + 1)
+        self._warn_if_long(keys.shape[2])
+        with _lasting():
+            self.length = runner.append(self.index, keys, values)
 
     def attend(self, length: int, query: Query) -> Tensor:
         """Attention over the first `length` tokens, [b, t, h, d]."""
@@ -200,16 +211,16 @@ class HeadLayer(CacheLayerMixin):
             )
         return runner
 
-    def _handle(self, *, values: bool) -> Tensor | None:
+    def _handle(self, length: int, *, values: bool) -> Tensor | None:
         runner = self.backing.runner
         layer = None if runner is None else runner.layers.get(self.index)
-        if layer is None or not self.length:
+        if layer is None or not length:
             return None
         shape = layer.shape
         width = shape.value_dim if values else shape.key_dim
         latent = self.backing.latent and shape.num_kv_heads == 1
-        origin = Origin(self, self.length, values, latent=latent)
-        full = (layer.batch, shape.num_kv_heads, self.length, width)
+        origin = Origin(self, length, values, latent=latent)
+        full = (layer.batch, shape.num_kv_heads, length, width)
         return KVHandle(full, shape.dtype, layer.device, origin)
 
     def _refuse_assignment(self, given: Tensor | None) -> None:

@@ -34,6 +34,7 @@ from headinfer.attention.masks import (
 )
 from headinfer.errors import HandleError
 from headinfer.hf.handles import LazyMask
+from headinfer.hf.step import StepRefused, active_step
 
 CACHED_BYTES = 64 * 2**20
 """Evaluated blocks kept per mask, for the other layers that use it."""
@@ -139,6 +140,12 @@ def headinfer_mask(
         device = torch.device("cpu") if attention_mask is None else attention_mask.device
     device = torch.device(device)
     q_offset, kv_offset, kv_length = int(q_offset), int(kv_offset), int(kv_length)
+    shape = (batch_size, 1, q_length, kv_length)
+    step = active_step()
+    if step is not None:
+        if mask_function is not causal_mask_function or use_vmap or kv_offset:
+            raise StepRefused("a mask that is not causal")
+        return LazyMask(shape, device, step.recipe, _never)
     padding = None
     if attention_mask is not None:
         shifted = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -165,8 +172,11 @@ def headinfer_mask(
         recipe = Everything()
     else:
         recipe = FunctionRecipe(pattern)
-    shape = (batch_size, 1, q_length, kv_length)
     return LazyMask(shape, device, recipe, lambda: pattern.block((0, q_length), (0, kv_length)))
+
+
+def _never() -> Tensor:
+    raise StepRefused("model code reads a mask")
 
 
 def register_mask(name: str) -> None:

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps replayed piece by piece instead of run by the model's Python code.
+
+A decode step of a stock model is limited by launching some fifty kernels a layer, not by what they
+do. Between two attention calls nothing depends on the context, so these pieces are recorded once
+per shape (as CUDA graphs) and replayed; stores and attention run as always. The step after the
+recording runs both ways and must agree, which finds whatever the model's code derives from
+positions in Python; a model that cannot be recorded or does not agree goes on as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from headinfer.attention.masks import Causal, MaskRecipe, PaddedCausal, Padding
+from headinfer.hf.cache import HeadCache, HeadLayer
+from headinfer.hf.step import Call, CudaRecorder, Piece, Recorder, Step, StepRefused, activated
+
+_log = logging.getLogger(__name__)
+
+MOST_TOKENS = 16
+MOST_SHAPES = 4
+"""Shapes of decode steps recorded per model: batches of beams, speculative tokens."""
+AGREE = 8
+"""Roundings by which a replayed step may differ from the model's own: another order of sums."""
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """A recorded step and the tensors that feed it."""
+
+    inputs: dict[str, Tensor]
+    pieces: list[Piece]
+    calls: list[Call]
+    output: Any
+    checked: bool = False
+
+
+class StepGraphs:
+    """Stands in for `model.forward` while a session lasts; restored by deleting the attribute.
+
+    Attributes:
+        refused: why steps are not replayed; empty while they are, or may be.
+        replayed: steps replayed so far.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, recorder: Callable[[], Recorder] = CudaRecorder
+    ) -> None:
+        self._model = model
+        self._forward = model.forward
+        self._recorder = recorder
+        self._steps: dict[tuple[Any, ...], _Recorded] = {}
+        self._names = set(inspect.signature(model.forward).parameters)
+        self.refused = _why_not(model)
+        self.replayed = 0
+        functools.update_wrapper(self, model.forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copied model is a plain one: its session stays with the original.
+        return functools.partial(type(self._model).forward, copy.deepcopy(self._model, memo))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._recordable(args, kwargs)
+        if given is None:
+            return self._forward(*args, **kwargs)
+        cache, ids = kwargs["past_key_values"], given["input_ids"]
+        length = int(cache.get_seq_length())
+        recipe = _recipe(kwargs.get("attention_mask"), length, ids.shape[1])
+        key = (tuple(ids.shape), ids.device, tuple(given), tuple(sorted(_others(kwargs).items())))
+        try:
+            found = self._steps.get(key)
+            if found is None:
+                if len(self._steps) >= MOST_SHAPES:
+                    return self._forward(*args, **kwargs)
+                return self._record(key, kwargs, given, recipe, length)
+            if not found.checked:
+                return self._check(found, kwargs, given, recipe, length)
+        except (StepRefused, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._go_back(cache, length)
+            return self._forward(*args, **kwargs)
+        return self._replay(found, cache, given, recipe)
+
+    def _recordable(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor] | None:
+        """The tensors that a recorded step reads; None if this pass is not one."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if (
+            self.refused
+            or args
+            or not isinstance(ids, Tensor)
+            or ids.dim() != 2
+            or ids.shape[1] > MOST_TOKENS
+            or torch.is_grad_enabled()
+            or self._model.training
+            or type(cache) is not HeadCache
+            or not all(type(layer) is HeadLayer and layer.length for layer in cache.layers)
+        ):
+            return None
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            return None
+        if any(not isinstance(value, (bool, int, str)) for value in _others(kwargs).values()):
+            return None
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            return None
+        length = int(cache.get_seq_length())
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(length, length + ids.shape[1], device=ids.device)
+            positions = positions.expand(ids.shape[0], -1)
+        if positions.dim() != 2:
+            return None
+        found = {"input_ids": ids, "position_ids": positions}
+        if "cache_position" in self._names:
+            found["cache_position"] = torch.arange(length, length + ids.shape[1], device=ids.device)
+        return found
+
+    def _record(
+        self,
+        key: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: dict[str, Tensor],
+        recipe: MaskRecipe,
+        length: int,
+    ) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = {name: value.clone() for name, value in given.items()}
+        step = Step(recipe, length, self._recorder())
+        with activated(step), _side_stream(inputs["input_ids"].device):
+            step.begin()
+            output = self._forward(**{**kwargs, **inputs, "attention_mask": None})
+            step.finish()
+        _check_output(output)
+        self._steps[key] = _Recorded(inputs, step.pieces, step.calls, output)
+        return _fresh(output, kwargs["past_key_values"])
+
+    def _check(
+        self,
+        recorded: _Recorded,
+        kwargs: dict[str, Any],
+        given: dict[str, Tensor],
+        recipe: MaskRecipe,
+        length: int,
+    ) -> Any:
+        """The model's own step, and the recorded one fed with its attention: equal everywhere."""
+        watched = Step(recipe, length)
+        with activated(watched):
+            output = self._forward(**{**kwargs, **given, "attention_mask": None})
+        watched.finish()
+        _load(recorded.inputs, given)
+        if len(watched.calls) != len(recorded.calls):
+            raise StepRefused("the model's steps differ from each other")
+        for piece, mine, theirs in zip(
+            recorded.pieces, recorded.calls, watched.calls, strict=False
+        ):
+            piece.replay()
+            for name in ("keys", "values"):
+                _compare(
+                    f"{name} of layer {mine.index}", getattr(mine, name), getattr(theirs, name)
+                )
+            _compare(f"queries of layer {mine.index}", mine.query.q, theirs.query.q)
+            mine.out.copy_(theirs.out)
+        recorded.pieces[-1].replay()
+        for name, value in output.items():
+            if isinstance(value, Tensor):
+                _compare(name, recorded.output[name], value)
+        recorded.checked = True
+        return output
+
+    def _replay(
+        self,
+        recorded: _Recorded,
+        cache: HeadCache,
+        given: dict[str, Tensor],
+        recipe: MaskRecipe,
+    ) -> Any:
+        _load(recorded.inputs, given)
+        for piece, call in zip(recorded.pieces, recorded.calls, strict=False):
+            piece.replay()
+            layer = cache.layers[call.index]
+            layer.store(call.keys, call.values)
+            call.out.copy_(layer.attend(layer.length, replace(call.query, recipe=recipe)))
+        recorded.pieces[-1].replay()
+        self.replayed += 1
+        return _fresh(recorded.output, cache)
+
+    def _give_up(self, why: str) -> None:
+        self.refused = why
+        self._steps.clear()
+        _log.info("decode steps of %s are not replayed: %s", type(self._model).__name__, why)
+
+    def _go_back(self, cache: HeadCache, length: int) -> None:
+        for layer in cache.head_layers:
+            if layer.length > length:
+                layer.crop(length - layer.length)
+
+
+def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a pass is given besides tokens, places and cache: it has to be the same in every step."""
+    known = {"input_ids", "position_ids", "cache_position", "past_key_values", "attention_mask"}
+    return {
+        name: value for name, value in kwargs.items() if name not in known and value is not None
+    }
+
+
+def _why_not(model: Any) -> str:
+    if "forward" in model.__dict__:
+        return "something stands in for the model's forward already"
+    if model.config.is_encoder_decoder:
+        return "an encoder-decoder"
+    if not {"input_ids", "position_ids", "past_key_values"} <= set(
+        inspect.signature(model.forward).parameters
+    ):
+        return "the model takes no position_ids"
+    if len({weight.device for weight in model.parameters()}) != 1:
+        return "its weights are on several devices"
+    for name, module in model.named_modules():
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if name and (hooked or hasattr(module, "_hf_hook")):
+            return f"{name} has forward hooks"
+    return ""
+
+
+def _recipe(mask: Tensor | None, length: int, tokens: int) -> MaskRecipe:
+    if mask is not None:
+        padding = Padding(mask.to(torch.bool), length + tokens)
+        if padding.hides:
+            return PaddedCausal(length, padding)
+    return Causal(length)
+
+
+def _load(inputs: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    for name, value in given.items():
+        inputs[name].copy_(value)
+
+
+def _compare(what: str, found: Tensor, expected: Tensor) -> None:
+    if torch.equal(found, expected):
+        return
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    error = float((found.double() - expected.double()).abs().max())
+    if not error <= AGREE * torch.finfo(expected.dtype).eps * largest:
+        raise StepRefused(f"{what} differ by {error:.1e} when the step is replayed")
+
+
+def _check_output(output: Any) -> None:
+    for name, value in output.items():
+        if not isinstance(value, (Tensor, Cache)):
+            raise StepRefused(f"the model returns {name}, a {type(value).__name__}")
+
+
+def _fresh(output: Any, cache: HeadCache) -> Any:
+    """An output like the recorded one that later steps leave alone."""
+    fields = {
+        name: value.clone() if isinstance(value, Tensor) else cache
+        for name, value in output.items()
+    }
+    return type(output)(**fields)
+
+
+def _side_stream(device: torch.device) -> Any:
+    """Where recording is allowed: on CUDA any stream but the default one."""
+    if device.type != "cuda":
+        return torch.no_grad()
+    return _Side(device)
+
+
+class _Side:
+    """Another stream that begins after this one and that this one goes on after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._outer = torch.cuda.current_stream(device)
+        self._stream = torch.cuda.Stream(device)
+        self._inner = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        self._stream.wait_stream(self._outer)
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.wait_stream(self._stream)

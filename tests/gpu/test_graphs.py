@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps replayed as CUDA graphs: the same tokens, or a reason why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headinfer
+from headinfer.testing.zoo import ZOO
+from headinfer.testing.zoo.measure import prompt
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+NEW = 24
+STREAMED = {"chunk_tokens": 48, "tile_bytes": 4096, "poison": True}
+
+
+def generate(model, ids, **how):
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **how)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "mixtral", "gemma3"])
+@pytest.mark.parametrize(
+    ("residents", "near"), [(0, 0.0), (0, 0.5), (None, None)], ids=["streamed", "near", "auto"]
+)
+def test_replayed_steps_give_the_same_tokens(name, residents, near):
+    model = ZOO[name].build().to(DEVICE).eval()
+    ids = prompt(1, 200).to(DEVICE)
+    model.set_attn_implementation("eager")
+    expected = generate(model, ids)
+    options = {**STREAMED, "resident_heads": residents, "near_data": near}
+    with headinfer.attach(model, step_graphs=True, **options) as run:
+        assert torch.equal(generate(model, ids), expected)
+        assert run.graphs is not None
+        assert run.graphs.replayed > 0 or run.graphs.refused or name in {"gemma3", "gpt2"}
+        if name in {"llama", "qwen3"}:
+            assert run.graphs.refused == ""
+            assert run.graphs.replayed >= NEW - 3
+        assert torch.equal(generate(model, ids), expected)
+
+
+def test_a_padded_batch_and_beams():
+    model = ZOO["llama"].build().to(DEVICE).eval()
+    ids = prompt(2, 200).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :60] = 0
+    model.set_attn_implementation("eager")
+    expected = generate(model, ids, attention_mask=mask), generate(model, ids, num_beams=3)
+    with headinfer.attach(model, step_graphs=True, near_data=0.5, **STREAMED) as run:
+        assert torch.equal(generate(model, ids, attention_mask=mask), expected[0])
+        assert torch.equal(generate(model, ids, num_beams=3), expected[1])
+        assert run.graphs is not None
+        assert run.graphs.replayed > NEW

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replayed decode steps: the same tokens, and a model that cannot be replayed goes on as before.
+
+CUDA graphs are played here by a tape of operations, which keeps what Python computed while it was
+recorded, as a graph does.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import headinfer
+from headinfer.testing.graphs import TapeRecorder
+
+NEW = 40
+FAMILIES = ["llama", "qwen3", "mistral", "phi3", "olmo2", "granite", "gemma2"]
+
+
+def stock(model: Any, tokens: Any, **how: Any) -> Any:
+    model.set_attn_implementation("eager")
+    return model.generate(tokens, max_new_tokens=NEW, do_sample=False, **how)
+
+
+def replayed(model: Any, tokens: Any, options: dict[str, Any], **how: Any) -> tuple[Any, Any]:
+    with headinfer.attach(model, **options) as run:
+        run.replay_with(TapeRecorder)
+        found = model.generate(tokens, max_new_tokens=NEW, do_sample=False, **how)
+        return found, run.graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_give_the_same_tokens(
+    family: str, build: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    model = build(family, **({"sliding_window": None} if family == "mistral" else {}))
+    tokens = ids(150)
+    expected = stock(model, tokens)
+    found, graphs = replayed(model, tokens, options)
+    assert torch.equal(found, expected)
+    if family == "gemma2":  # its sliding layers are stock and grow
+        assert graphs.replayed == 0
+    else:
+        assert graphs.refused == ""
+        assert graphs.replayed >= NEW - 1 - 2  # all but one recorded and one checked
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_the_same_tokens(
+    side: str, llama: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    tokens = ids(150, batch=2)
+    mask = torch.ones_like(tokens)
+    mask[1, :40] = 0
+    if side == "right":
+        mask = mask.flip(1)
+    expected = stock(llama, tokens, attention_mask=mask)
+    found, graphs = replayed(llama, tokens, options, attention_mask=mask)
+    assert torch.equal(found, expected)
+    assert graphs.replayed > 0
+
+
+def test_beams_and_several_shapes(llama: Any, ids: Any, options: dict[str, Any]) -> None:
+    tokens = ids(150, batch=2)
+    expected = stock(llama, tokens, num_beams=3), stock(llama, tokens[:1])
+    with headinfer.attach(llama, **options) as run:
+        run.replay_with(TapeRecorder)
+        beams = llama.generate(tokens, max_new_tokens=NEW, do_sample=False, num_beams=3)
+        single = llama.generate(tokens[:1], max_new_tokens=NEW, do_sample=False)
+        again = llama.generate(tokens[:1], max_new_tokens=NEW, do_sample=False)
+        assert run.graphs is not None
+        assert run.graphs.replayed > NEW
+    assert torch.equal(beams, expected[0])
+    assert torch.equal(single, expected[1])
+    assert torch.equal(again, expected[1])
+
+
+def test_logits_are_those_of_steps_that_are_not_replayed(
+    llama: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    tokens = ids(180)
+    found = []
+    for replay in (False, True):
+        with headinfer.attach(llama, **options) as run, torch.no_grad():
+            if replay:
+                run.replay_with(TapeRecorder)
+            cache = run.new_cache()
+            headinfer.prefill(llama, tokens[:, :150], cache)
+            logits = []
+            for at in range(150, 180):
+                output = llama(input_ids=tokens[:, at : at + 1], past_key_values=cache)
+                logits.append(output.logits)
+                assert output.past_key_values is cache
+            found.append(torch.cat(logits))
+            if replay:
+                assert run.graphs is not None
+                assert run.graphs.replayed >= 28
+    assert torch.equal(*found)
+
+
+def test_a_position_computed_in_python_is_found(
+    llama: Any, ids: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded, such a number would stay what it was: the step after the recording must differ."""
+    rotary = llama.model.rotary_emb
+    original = rotary.forward
+
+    def forward(x: Any, position_ids: Any, *more: Any, **how: Any) -> Any:
+        cache_length = llama.seen  # a Python number, another in every step
+        return original(x, torch.full_like(position_ids, 0) + cache_length, *more, **how)
+
+    monkeypatch.setattr(rotary, "forward", forward)
+    monkeypatch.setattr(llama, "seen", 0, raising=False)
+    tokens = ids(160)
+
+    def steps(model: Any, cache: Any) -> Any:
+        logits = []
+        with torch.no_grad():
+            for at in range(160):
+                llama.seen = at
+                output = model(input_ids=tokens[:, at : at + 1], past_key_values=cache)
+                logits.append(output.logits)
+        return torch.cat(logits)
+
+    llama.set_attn_implementation("eager")
+    expected = steps(llama, DynamicCache(config=llama.config))
+    with headinfer.attach(llama, **options) as run:
+        run.replay_with(TapeRecorder)
+        found = steps(llama, run.new_cache())
+        assert run.graphs is not None
+        assert "differ by" in run.graphs.refused
+        assert run.graphs.replayed == 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_reads_values_on_the_host_goes_on_as_before(
+    llama: Any, ids: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = llama.model.layers[1].mlp
+    original = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: original(x) if float(x.abs().max()) >= 0 else x)
+    tokens = ids(150)
+    expected = stock(llama, tokens)
+    found, graphs = replayed(llama, tokens, options)
+    assert torch.equal(found, expected)
+    assert "not permitted while a stream is capturing" in graphs.refused
+    assert graphs.replayed == 0
+
+
+def test_what_is_not_a_plain_decode_step_is_not_replayed(llama: Any, ids: Any) -> None:
+    tokens = ids(150)
+    with headinfer.attach(llama) as run:
+        run.replay_with(TapeRecorder)
+        assert run.graphs is not None
+        cache = run.new_cache()
+        with torch.no_grad():
+            llama(input_ids=tokens, past_key_values=cache)
+            llama(input_ids=tokens[:, :1], past_key_values=cache, output_hidden_states=True)
+            llama(inputs_embeds=torch.zeros(1, 1, 32), past_key_values=cache)
+            llama(input_ids=tokens[:, :1], past_key_values=DynamicCache(config=llama.config))
+            llama(tokens[:, :1], past_key_values=cache)
+        llama(input_ids=tokens[:, :1], past_key_values=cache)
+        assert not run.graphs._steps
+        with torch.no_grad():
+            llama(input_ids=tokens[:, :1], past_key_values=cache)
+        assert len(run.graphs._steps) == 1
+
+
+def test_a_model_with_hooks_inside_is_left_alone(llama: Any, ids: Any) -> None:
+    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
+    with headinfer.attach(llama) as run:
+        run.replay_with(TapeRecorder)
+        assert run.graphs is not None
+        assert "model.layers.0 has forward hooks" in run.graphs.refused
+        assert "forward" not in llama.__dict__
+    handle.remove()
+
+
+def test_closing_and_copying_leave_plain_models(llama: Any, ids: Any) -> None:
+    tokens = ids(150)
+    expected = stock(llama, tokens)
+    with headinfer.attach(llama) as run:
+        run.replay_with(TapeRecorder)
+        twin = copy.deepcopy(llama)
+        assert torch.equal(llama.generate(tokens, max_new_tokens=NEW, do_sample=False), expected)
+    assert "forward" not in llama.__dict__
+    assert torch.equal(twin.generate(tokens, max_new_tokens=NEW, do_sample=False), expected)
+    assert torch.equal(stock(llama, tokens), expected)
+    assert run.graphs is not None
+    before = run.graphs.replayed
+    llama.generate(tokens, max_new_tokens=NEW, do_sample=False)
+    assert run.graphs.replayed == before

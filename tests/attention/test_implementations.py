@@ -138,7 +138,7 @@ def test_an_implementation_insisted_on_says_why_it_cannot():
     ) as caught:
         attend(q, k, v, scale=1.0, impl="flash")
     assert any(reason.startswith("flash:") for reason in caught.value.reasons)
-    with pytest.raises(InputError, match="known: cpu-flash"):
+    with pytest.raises(InputError, match="known: native, cpu-flash"):
         attend(q, k, v, scale=1.0, impl="flush")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -20,21 +21,20 @@ from torch import Tensor
 from headinfer.attention.types import AttentionSpec, Partial
 from headinfer.errors import InputError
 
-LIBRARY = Path("headinfer", "lib", "libheadinfer_native.so")
-"""Below the folder that holds the package."""
+LIBRARY = Path("lib", "libheadinfer_native.so")
+"""Below the folder of the package."""
 
 ABI = 1
 MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16
-MAX_QUERY_TOKENS = 16
-"""More rows share each key with one another, which is what cpu-flash is faster at."""
+MAX_QUERY_TOKENS = 63
+"""Prefill is for cpu-flash, whose matrix products may have instructions of their own."""
 
 LEVEL_VARIABLE = "HEADINFER_NATIVE_LEVEL"
 """Environment variable that names the instruction level to use instead of the best."""
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NO_BIAS, _BOOL_BIAS, _FLOAT_BIAS = 0, 1, 2
 _threads: int | None = None
 
 
@@ -101,23 +101,20 @@ def attend(
     k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, key_dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
-    out = torch.empty((batch, heads, rows, value_dim))
-    lse = torch.empty((batch, heads, rows))
-    call = _Call(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(),
-        batch=batch, kv_heads=kv_heads, q_per_kv=heads // kv_heads, rows=rows, keys=keys,
-        key_dim=key_dim, value_dim=value_dim,
-        q_stride=q.stride(), k_stride=k.stride()[:3], v_stride=v.stride()[:3],
-        scale=scale, softcap=0.0 if softcap is None else softcap, type=_TYPES[q.dtype],
-        causal=causal, threads=count, level=_level_index(level),
+    out, lse = torch.empty((batch, heads, rows, value_dim)), torch.empty((batch, heads, rows))
+    bias, biased = _bias(bias, (batch, heads, rows, keys))
+    call = _CALL.pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), lse.data_ptr(),
+        batch, kv_heads, heads // kv_heads, rows, keys, key_dim, value_dim,
+        *q.stride(), *k.stride()[:3], *v.stride()[:3],
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        scale, 0.0 if softcap is None else softcap,
+        _TYPES[q.dtype], biased, causal, count, _level_index(level),
     )  # fmt: skip
-    if bias is not None:
-        if bias.dtype not in (torch.bool, torch.float32):
-            bias = bias.float()
-        bias = bias.expand(batch, heads, rows, keys)
-        call.bias, call.bias_stride = bias.data_ptr(), bias.stride()
-        call.biased = _BOOL_BIAS if bias.dtype == torch.bool else _FLOAT_BIAS
-    _raise_for(library.headinfer_attend(ctypes.byref(call)), f"attention of {tuple(q.shape)}")
+    status = library.headinfer_attend(call)
+    if status:
+        _raise_for(status, f"attention of {_shapes(q, k, v)}")
     return Partial(out, lse)
 
 
@@ -198,24 +195,9 @@ def read_seconds(address: int, nbytes: int, *, num_threads: int | None = None) -
     return seconds.value
 
 
-class _Call(ctypes.Structure):
-    """headinfer_attend_args of native/headinfer_native.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "bias", "out", "lse")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "kv_heads", "q_per_kv", "rows", "keys", "key_dim", "value_dim")
-        ),
-        ("q_stride", ctypes.c_int64 * 4),
-        ("k_stride", ctypes.c_int64 * 3),
-        ("v_stride", ctypes.c_int64 * 3),
-        ("bias_stride", ctypes.c_int64 * 4),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("type", "biased", "causal", "threads", "level")),
-    ]
-
+_CALL = struct.Struct("@6P 7q 4q 3q 3q 4q 2f 5i 4x")
+"""headinfer_attend_args of native/headinfer_native.h; filling a ctypes.Structure takes longer than
+attending a thousand keys."""
 
 _PROBLEMS = {
     1: "a pointer is null",
@@ -236,23 +218,40 @@ def _raise_for(status: int, what: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, causal: bool) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
-        raise InputError(f"native attention takes q, k, v [b, h, t, d] of one type, got {shapes}")
-    if q.dtype not in _TYPES or any(x.device.type != "cpu" for x in (q, k, v)):
+        raise InputError(
+            f"native attention takes q, k, v [b, h, t, d] of one type, got {_shapes(q, k, v)} of "
+            f"{q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if q.dtype not in _TYPES or not (q.is_cpu and k.is_cpu and v.is_cpu):
         raise InputError(f"native attention runs float types on cpu, got {q.dtype} on {q.device}")
+    (batch, heads, rows, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     fits = (
-        q.shape[0] == k.shape[0] == v.shape[0]
-        and k.shape[1:3] == v.shape[1:3]
-        and q.shape[3] == k.shape[3]
-        and k.shape[1] > 0
-        and q.shape[1] % k.shape[1] == 0
-        and not (causal and q.shape[2] != k.shape[2])
+        (batch, kv_heads, keys, dim) == k.shape
+        and (batch, kv_heads, keys) == v.shape[:3]
+        and kv_heads > 0
+        and heads % kv_heads == 0
+        and not (causal and rows != keys)
     )
     if not fits:
-        raise InputError(f"native attention cannot take {shapes}, causal={causal}: they disagree")
-    if bias is not None and bias.device.type != "cpu":
+        raise InputError(
+            f"native attention cannot take {_shapes(q, k, v)}, causal={causal}: they disagree"
+        )
+    if bias is not None and not bias.is_cpu:
         raise InputError(f"native attention takes a bias on cpu, got {bias.device}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+def _bias(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, int]:
+    """`bias` seen as `shape`, and its headinfer_bias."""
+    if bias is None:
+        return None, 0
+    if bias.dtype == torch.bool:
+        return bias.expand(shape), 1
+    return bias.float().expand(shape), 2
 
 
 def _level_index(name: str | None) -> int:
@@ -297,6 +296,7 @@ def _load() -> ctypes.CDLL | str:
         return f"the native library {path} cannot be loaded: {error}"
     if abi != ABI:
         return f"the native library {path} has interface {abi}, not {ABI}: build it again"
+    library.headinfer_attend.argtypes = [ctypes.c_char_p]
     library.headinfer_level_name.restype = ctypes.c_char_p
     library.headinfer_touch.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.headinfer_read.argtypes = [
@@ -306,10 +306,13 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _places() -> list[Path]:
-    """Beside this package; and, for a package used from a checkout, where it was installed."""
-    beside = Path(__file__).resolve().parents[2] / LIBRARY
+    """Inside the package; built in this checkout; and, for a checkout, inside what is installed."""
+    package = Path(__file__).resolve().parents[1]
+    places = [package / LIBRARY]
+    if package.parent.name == "src":
+        places.append(package.parents[1] / "build" / "native" / LIBRARY.name)
     try:
-        installed = Path(str(distribution("headinfer").locate_file(str(LIBRARY))))
+        places.append(Path(str(distribution("headinfer").locate_file("headinfer"))) / LIBRARY)
     except PackageNotFoundError:
-        return [beside]
-    return [beside] if installed == beside else [beside, installed]
+        pass
+    return list(dict.fromkeys(places))

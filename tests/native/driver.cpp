@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the native library the way sanitizers want to see it: several callers at once, every level,
 // memory that ends where the tensors end, a fork, and results held against double precision.
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,6 +22,31 @@ struct Shape {
   int32_t type;
   bool causal, biased;
   float softcap;
+};
+
+// Memory that ends where a page begins that nobody may read, with NaN in front of it: reading past
+// a tensor ends the run, reading before it shows in the result.
+class Guarded {
+ public:
+  explicit Guarded(int64_t nbytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t whole = (static_cast<size_t>(nbytes) + page - 1) / page * page;
+    length_ = whole + page;
+    void *made = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (made == MAP_FAILED) std::abort();
+    start_ = static_cast<char *>(made);
+    std::memset(start_, 0xff, whole);
+    if (mprotect(start_ + whole, page, PROT_NONE) != 0) std::abort();
+    data_ = start_ + whole - nbytes;
+  }
+  Guarded(const Guarded &) = delete;
+  Guarded &operator=(const Guarded &) = delete;
+  ~Guarded() { munmap(start_, length_); }
+  char *get() const { return data_; }
+
+ private:
+  char *start_, *data_;
+  size_t length_;
 };
 
 // Heap blocks of exactly the size needed: one byte more and AddressSanitizer ends the run.
@@ -46,9 +72,10 @@ float widen(const void *from, int64_t index, int32_t type) {
 }
 
 // Normal numbers between 1/16 and 1 in size, of either sign.
-std::unique_ptr<char[]> tensor(int64_t count, int32_t type, uint32_t &state) {
+std::unique_ptr<Guarded> tensor(int64_t count, int32_t type, uint32_t &state) {
   const int64_t size = type == HEADINFER_FLOAT32 ? 4 : 2;
-  auto made = block<char>(count * size);
+  auto tensor = std::make_unique<Guarded>(count * size);
+  char *made = tensor->get();
   for (int64_t i = 0; i < count; ++i) {
     float value = random_float(state);
     value = std::copysign(std::fmax(std::fabs(value), 0.0625f), value);
@@ -60,7 +87,7 @@ std::unique_ptr<char[]> tensor(int64_t count, int32_t type, uint32_t &state) {
     if (type == HEADINFER_FLOAT32) std::memcpy(&made[i * 4], &value, 4);
     else std::memcpy(&made[i * 2], type == HEADINFER_BFLOAT16 ? &brain : &half, 2);
   }
-  return made;
+  return tensor;
 }
 
 class Case {
@@ -72,9 +99,9 @@ class Case {
     v_ = tensor(s.batch * s.kv_heads * s.keys * s.value_dim, s.type, seed);
     bias_ = tensor(heads * s.keys, HEADINFER_FLOAT32, seed);
     outputs_ = s.batch * heads * s.rows;
-    args_.q = q_.get();
-    args_.k = k_.get();
-    args_.v = v_.get();
+    args_.q = q_->get();
+    args_.k = k_->get();
+    args_.v = v_->get();
     args_.batch = s.batch;
     args_.kv_heads = s.kv_heads;
     args_.q_per_kv = s.q_per_kv;
@@ -91,7 +118,7 @@ class Case {
     std::memcpy(args_.v_stride, v, sizeof v);
     std::memcpy(args_.bias_stride, bias, sizeof bias);
     if (s.biased) {
-      args_.bias = bias_.get();
+      args_.bias = bias_->get();
       args_.biased = HEADINFER_FLOAT_BIAS;
     }
     args_.scale = 0.5f;
@@ -149,16 +176,16 @@ class Case {
       for (int64_t key = 0; key < keys; ++key) {
         double score = 0;
         for (int64_t d = 0; d < s_.key_dim; ++d)
-          score += double{widen(q_.get(), index * s_.key_dim + d, s_.type)} *
-                   widen(k_.get(), (kv * s_.keys + key) * s_.key_dim + d, s_.type);
+          score += double{widen(q_->get(), index * s_.key_dim + d, s_.type)} *
+                   widen(k_->get(), (kv * s_.keys + key) * s_.key_dim + d, s_.type);
         score *= 0.5;
         if (s_.softcap > 0) score = s_.softcap * std::tanh(score / s_.softcap);
-        if (s_.biased) score += widen(bias_.get(), head * s_.keys + key, HEADINFER_FLOAT32);
+        if (s_.biased) score += widen(bias_->get(), head * s_.keys + key, HEADINFER_FLOAT32);
         const double weight = std::exp(score);
         total += weight;
         for (int64_t d = 0; d < s_.value_dim; ++d)
           mean[static_cast<size_t>(d)] +=
-              weight * widen(v_.get(), (kv * s_.keys + key) * s_.value_dim + d, s_.type);
+              weight * widen(v_->get(), (kv * s_.keys + key) * s_.value_dim + d, s_.type);
       }
       for (const double sum : mean) out.push_back(sum / total);
       lse.push_back(std::log(total));
@@ -168,7 +195,7 @@ class Case {
   }
 
   Shape s_;
-  std::unique_ptr<char[]> q_, k_, v_, bias_;
+  std::unique_ptr<Guarded> q_, k_, v_, bias_;
   int64_t outputs_;
   headinfer_attend_args args_{};
 };

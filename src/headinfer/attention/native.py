@@ -29,7 +29,8 @@ MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16
 MAX_QUERY_TOKENS = 63
-"""Prefill is for cpu-flash, whose matrix products may have instructions of their own."""
+"""Prefill is for cpu-flash, whose matrix products may have instructions of their own, except with
+softcap, which it does not do."""
 
 LEVEL_VARIABLE = "HEADINFER_NATIVE_LEVEL"
 """Environment variable that names the instruction level to use instead of the best."""
@@ -39,7 +40,7 @@ _threads: int | None = None
 
 
 class NativeAttention:
-    """CPU calls with few query rows: decode, a batch of it, speculative tokens."""
+    """CPU calls with few query rows: decode, a batch of it, speculative tokens. With softcap, all."""
 
     name = "native"
 
@@ -56,7 +57,7 @@ class NativeAttention:
             reasons.append(f"head dims {spec.key_dim} and {spec.value_dim}; runs up to {MAX_DIM}")
         if spec.q_per_kv > MAX_Q_PER_KV:
             reasons.append(f"{spec.q_per_kv} query heads per KV head; runs up to {MAX_Q_PER_KV}")
-        if spec.query_tokens > MAX_QUERY_TOKENS:
+        if spec.query_tokens > MAX_QUERY_TOKENS and not spec.softcap:
             reasons.append(f"{spec.query_tokens} or more query tokens; runs up to {MAX_QUERY_TOKENS}")
         return reasons
 
@@ -167,6 +168,19 @@ def level() -> str:
     if not forced:
         return next(name for name, runs in found.items() if runs)
     return _checked_level(forced, f"{LEVEL_VARIABLE}={forced!r}")
+
+
+def described() -> str:
+    """The level and the threads of calls, or why there are none, in one line."""
+    absent = why_absent()
+    if absent is not None:
+        return f"none: {absent}"
+    try:
+        used = level()
+    except InputError as error:
+        return f"refused: {error}"
+    able = ", ".join(name for name, runs in levels().items() if runs)
+    return f"{used} with {threads()} threads (runs here: {able})"
 
 
 def touch(address: int, nbytes: int, *, num_threads: int | None = None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import headinfer
+from headinfer.attention import native
 from headinfer.errors import UnsupportedAttention
 from headinfer.hf import attention, doctor
 from headinfer.runner import Runner
@@ -39,7 +40,19 @@ def test_the_reasons_why_an_implementation_cannot_run_are_given() -> None:
     call = next(name for name in report.why_not if "softcap" in name and "cpu" in name)
     assert "softcap" in report.why_not[call]["cpu-flash"]
     assert report.why_not[call]["reference"] == []
-    assert report.attention[call] == "reference"
+    assert report.attention[call] == ("reference" if native.why_absent() else "native")
+
+
+def test_the_native_kernel_is_named_or_its_absence_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = str(headinfer.doctor())
+    if native.why_absent() is None:
+        assert f"native CPU attention: {native.level()} with {native.threads()} threads" in text
+        monkeypatch.setenv(native.LEVEL_VARIABLE, "abacus")
+        assert "refused: HEADINFER_NATIVE_LEVEL='abacus'" in str(headinfer.doctor())
+    monkeypatch.setattr(native, "_load", lambda: "the native library was not built: a test")
+    assert "native CPU attention: none: the native library was not built" in str(headinfer.doctor())
 
 
 def built(family: str) -> Any:

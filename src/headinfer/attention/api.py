@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from headinfer.attention.native import NativeAttention
 from headinfer.attention.reference import ReferenceAttention
 from headinfer.attention.sdpa import (
     CpuFlashAttention,
@@ -24,6 +25,7 @@ from headinfer.errors import InputError, UnsupportedAttention
 IMPLEMENTATIONS: dict[str, AttentionImpl] = {
     impl.name: impl
     for impl in (
+        NativeAttention(),
         CpuFlashAttention(),
         CudnnAttention(),
         FlashAttention(),

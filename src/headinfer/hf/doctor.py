@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
+from headinfer.attention import native
 from headinfer.attention.api import choose, why_not
 from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
@@ -266,7 +267,8 @@ def _devices() -> list[str]:
             f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total)}, "
             f"{format_bytes(memory.available)} available"
-        )
+        ),
+        f"native CPU attention: {native.described()}",
     ]
     if not torch.cuda.is_available():
         lines.append("GPU: none that torch can use")

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+// One attention call: checked, cut into tiles, run by the pool, merged.
+//
+// How it is cut depends on the shape alone, and partial results are merged in the order of their
+// keys: bits depend on neither the number of threads nor who was faster.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <new>
+
+#include "pool.h"
+#include "tile.h"
+
+namespace headinfer {
+namespace {
+
+// A span is at least this long, so that its partial result (rows x value_dim floats) is small
+// beside its keys, and there are at most this many of them.
+constexpr int64_t kSpanKeys = 512;
+constexpr int64_t kSpans = 32;
+
+const Level *const *levels(int32_t &count) {
+  static const Level *found[8];
+  static const int32_t number = [] {
+    int32_t n = 0;
+    for (const Level *level : {level_avx512_bf16(), level_avx512(), level_avx2(), level_neon(),
+                               level_portable()})
+      if (level != nullptr) found[n++] = level;
+    return n;
+  }();
+  count = number;
+  return found;
+}
+
+const Level *level_at(int32_t index) {
+  int32_t count = 0;
+  const Level *const *all = levels(count);
+  if (index >= 0) return index < count && all[index]->runs() ? all[index] : nullptr;
+  if (index != -1) return nullptr;
+  return *std::find_if(all, all + count, [](const Level *level) { return level->runs(); });
+}
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int32_t check(const headinfer_attend_args *args) {
+  if (args == nullptr) return HEADINFER_NULL_POINTER;
+  const headinfer_attend_args &a = *args;
+  if (a.threads < 1 || a.threads > HEADINFER_MAX_THREADS) return HEADINFER_BAD_THREADS;
+  if (a.type < HEADINFER_FLOAT32 || a.type > HEADINFER_FLOAT16) return HEADINFER_BAD_TYPE;
+  if (a.biased < HEADINFER_NO_BIAS || a.biased > HEADINFER_FLOAT_BIAS) return HEADINFER_BAD_TYPE;
+  if (a.batch < 0 || a.kv_heads < 0 || a.q_per_kv < 1 || a.rows < 0 || a.keys < 0 ||
+      a.key_dim < 1 || a.value_dim < 1 || a.key_dim > HEADINFER_MAX_DIM ||
+      a.value_dim > HEADINFER_MAX_DIM || (a.causal != 0 && a.rows != a.keys) || a.softcap < 0)
+    return HEADINFER_BAD_SHAPE;
+  if (level_at(a.level) == nullptr) return HEADINFER_BAD_LEVEL;
+  const bool empty = a.batch * a.kv_heads * a.rows == 0;
+  if (!empty && (a.out == nullptr || a.lse == nullptr)) return HEADINFER_NULL_POINTER;
+  if (!empty && a.keys > 0 && (a.q == nullptr || a.k == nullptr || a.v == nullptr))
+    return HEADINFER_NULL_POINTER;
+  if (!empty && a.keys > 0 && a.biased != HEADINFER_NO_BIAS && a.bias == nullptr)
+    return HEADINFER_NULL_POINTER;
+  return HEADINFER_OK;
+}
+
+// The tiles of a call, numbered batch, KV head, block of rows, span: `spans` consecutive tiles
+// share their rows, and whoever finishes the last of them merges.
+class Split {
+ public:
+  Split(const headinfer_attend_args &call, RunTile run)
+      : call_(call),
+        run_(run),
+        packed_rows_(call.q_per_kv * call.rows),
+        row_blocks_(divide_up(packed_rows_, kTileRows)),
+        span_keys_(std::max(kSpanKeys, divide_up(divide_up(call.keys, kSpans), kBlockKeys) *
+                                           kBlockKeys)),
+        spans_(std::max<int64_t>(1, divide_up(call.keys, span_keys_))),
+        groups_(call.batch * call.kv_heads * row_blocks_),
+        partial_floats_(std::min(packed_rows_, kTileRows) * (call.value_dim + 2)) {}
+
+  Job job() {
+    const size_t partials = sizeof(float) * static_cast<size_t>(groups_ * spans_ * partial_floats_);
+    const size_t counters = sizeof(std::atomic<int64_t>) * static_cast<size_t>(groups_);
+    return Job{run_item, this, groups_ * spans_, tile_scratch_bytes(call_), counters + partials};
+  }
+
+  static void lay_out(void *context, void *shared) {
+    Split &split = *static_cast<Split *>(context);
+    split.unfinished_ = static_cast<std::atomic<int64_t> *>(shared);
+    for (int64_t group = 0; group < split.groups_; ++group)
+      new (split.unfinished_ + group) std::atomic<int64_t>(split.spans_);
+    split.partials_ = reinterpret_cast<float *>(split.unfinished_ + split.groups_);
+  }
+
+ private:
+  static void run_item(void *context, int64_t item, void *scratch) {
+    static_cast<Split *>(context)->run(item, scratch);
+  }
+
+  void run(int64_t item, void *scratch) {
+    const Tile mine = tile(item);
+    run_(mine, scratch);
+    const int64_t group = item / spans_;
+    if (unfinished_[group].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(group);
+  }
+
+  Tile tile(int64_t item) const {
+    const int64_t group = item / spans_, span = item % spans_;
+    const int64_t block = group % row_blocks_, head = group / row_blocks_;
+    Tile t{};
+    t.call = &call_;
+    t.kv_head = head % call_.kv_heads;
+    t.batch = head / call_.kv_heads;
+    t.first_row = block * kTileRows;
+    t.rows = std::min(kTileRows, packed_rows_ - t.first_row);
+    t.first_key = span * span_keys_;
+    t.keys = std::max<int64_t>(0, std::min(span_keys_, seen_keys(t) - t.first_key));
+    t.sums = sums(item);
+    t.weight = weight(item, t.rows);
+    t.peak = peak(item, t.rows);
+    return t;
+  }
+
+  float *sums(int64_t item) const { return partials_ + item * partial_floats_; }
+  float *weight(int64_t item, int64_t rows) const { return sums(item) + rows * call_.value_dim; }
+  float *peak(int64_t item, int64_t rows) const { return weight(item, rows) + rows; }
+
+  // Causal rows see no key after the last of them.
+  int64_t seen_keys(const Tile &t) const {
+    if (call_.causal == 0) return call_.keys;
+    const bool one_head = t.first_row / call_.rows == (t.first_row + t.rows - 1) / call_.rows;
+    return one_head ? (t.first_row + t.rows - 1) % call_.rows + 1 : call_.keys;
+  }
+
+  void merge(int64_t group) const {
+    const Tile first = tile(group * spans_);
+    const int64_t dim = call_.value_dim;
+    const int64_t heads = call_.kv_heads * call_.q_per_kv;
+    for (int64_t row = 0; row < first.rows; ++row) {
+      const int64_t packed = first.first_row + row;
+      const int64_t head = first.kv_head * call_.q_per_kv + packed / call_.rows;
+      const int64_t index = (first.batch * heads + head) * call_.rows + packed % call_.rows;
+      call_.lse[index] = merge_row(group * spans_, row, first.rows, call_.out + index * dim);
+    }
+  }
+
+  // out becomes the weighted mean of the spans from `item` on; returns the log of the sum of exp.
+  float merge_row(int64_t item, int64_t row, int64_t rows, float *out) const {
+    const int64_t dim = call_.value_dim;
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    float most = -kInfinity;
+    for (int64_t span = 0; span < spans_ && !std::isnan(most); ++span) {
+      const float mine = peak(item + span, rows)[row];
+      if (mine > most || std::isnan(mine)) most = mine;
+    }
+    const bool counts = most > -kInfinity && most < kInfinity;
+    double total = 0;
+    std::fill(out, out + dim, 0.0f);
+    for (int64_t span = 0; span < spans_; ++span) {
+      const double share = counts ? std::exp(double{peak(item + span, rows)[row]} - most) : 0.0;
+      total += share * weight(item + span, rows)[row];
+      // Added even where the share is 0: values that are NaN or infinite have to show.
+      const float factor = static_cast<float>(share);
+      const float *from = sums(item + span) + row * dim;
+      for (int64_t column = 0; column < dim; ++column) out[column] += factor * from[column];
+    }
+    if (!counts) return most;
+    for (int64_t column = 0; column < dim; ++column)
+      out[column] = static_cast<float>(out[column] / total);
+    return static_cast<float>(most + std::log(total));
+  }
+
+  const headinfer_attend_args &call_;
+  const RunTile run_;
+  const int64_t packed_rows_, row_blocks_, span_keys_, spans_, groups_, partial_floats_;
+  std::atomic<int64_t> *unfinished_ = nullptr;  // [groups_] tiles
+  float *partials_ = nullptr;                   // [groups_ * spans_] of sums, weight, peak
+};
+
+int32_t attend(const headinfer_attend_args &args) {
+  if (args.batch * args.kv_heads * args.rows == 0) return HEADINFER_OK;
+  Split split(args, level_at(args.level)->run[args.type]);
+  return run_job(split.job(), args.threads, Split::lay_out) ? HEADINFER_OK : HEADINFER_NO_MEMORY;
+}
+
+}  // namespace
+
+size_t tile_scratch_bytes(const headinfer_attend_args &call) {
+  // Widths are rounded up to the widest step of any level, 32 elements.
+  const int64_t rows = std::min(kTileRows, call.q_per_kv * call.rows);
+  const int64_t floats = rows * (divide_up(call.key_dim, 32) * 32 +
+                                 divide_up(call.value_dim, 32) * 32 + kBlockKeys + 1);
+  return sizeof(float) * static_cast<size_t>(floats) + 4 * 64;
+}
+
+}  // namespace headinfer
+
+int32_t headinfer_abi(void) { return HEADINFER_ABI; }
+
+int32_t headinfer_level_count(void) {
+  int32_t count = 0;
+  headinfer::levels(count);
+  return count;
+}
+
+const char *headinfer_level_name(int32_t level) {
+  int32_t count = 0;
+  const headinfer::Level *const *all = headinfer::levels(count);
+  return level >= 0 && level < count ? all[level]->name : nullptr;
+}
+
+int32_t headinfer_level_runs(int32_t level) {
+  return level >= 0 && headinfer::level_at(level) != nullptr ? 1 : 0;
+}
+
+int32_t headinfer_attend(const headinfer_attend_args *args) {
+  const int32_t problem = headinfer::check(args);
+  if (problem != HEADINFER_OK) return problem;
+  try {
+    return headinfer::attend(*args);
+  } catch (const std::bad_alloc &) {
+    return HEADINFER_NO_MEMORY;
+  } catch (...) {
+    return HEADINFER_SYSTEM_ERROR;
+  }
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the native library: attention of a few query rows over keys and values that
+// lie in host memory, and two jobs of the same thread pool on plain memory.
+//
+// Every function may be called from any thread; calls that need the pool wait for each other.
+// Memory is read and written only inside what the shapes and strides describe.
+#ifndef HEADINFER_NATIVE_H
+#define HEADINFER_NATIVE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HEADINFER_EXPORT __attribute__((visibility("default")))
+
+// Raised whenever a signature or the struct below changes; the caller refuses any other value.
+#define HEADINFER_ABI 1
+#define HEADINFER_MAX_THREADS 1024
+#define HEADINFER_MAX_DIM 1024
+
+enum headinfer_status {
+  HEADINFER_OK = 0,
+  HEADINFER_NULL_POINTER = 1,
+  HEADINFER_BAD_SHAPE = 2,
+  HEADINFER_BAD_THREADS = 3,
+  HEADINFER_BAD_LEVEL = 4,
+  HEADINFER_BAD_TYPE = 5,
+  HEADINFER_NO_MEMORY = 6,
+  HEADINFER_SYSTEM_ERROR = 7
+};
+
+enum headinfer_type { HEADINFER_FLOAT32 = 0, HEADINFER_BFLOAT16 = 1, HEADINFER_FLOAT16 = 2 };
+
+enum headinfer_bias { HEADINFER_NO_BIAS = 0, HEADINFER_BOOL_BIAS = 1, HEADINFER_FLOAT_BIAS = 2 };
+
+// One attention call. Strides count elements of the tensor's own type, may be 0 or negative, and
+// stand in the order batch, head, token, dim. Keys, values: the last dim is contiguous.
+typedef struct headinfer_attend_args {
+  const void *q;     // [batch, kv_heads * q_per_kv, rows, key_dim]
+  const void *k;     // [batch, kv_heads, keys, key_dim]
+  const void *v;     // [batch, kv_heads, keys, value_dim]
+  const void *bias;  // [batch, kv_heads * q_per_kv, rows, keys], or null
+  float *out;        // [batch, kv_heads * q_per_kv, rows, value_dim], contiguous
+  float *lse;        // [batch, kv_heads * q_per_kv, rows], contiguous
+  int64_t batch, kv_heads, q_per_kv, rows, keys, key_dim, value_dim;
+  int64_t q_stride[4];
+  int64_t k_stride[3];
+  int64_t v_stride[3];
+  int64_t bias_stride[4];
+  float scale;     // factor on q k^T
+  float softcap;   // scores x become softcap * tanh(x / softcap) before the bias; 0: they stay
+  int32_t type;    // headinfer_type of q, k and v
+  int32_t biased;  // headinfer_bias; bool bytes hide keys where 0, floats are added
+  int32_t causal;  // needs rows == keys; row i sees keys 0..i
+  int32_t threads; // 1..HEADINFER_MAX_THREADS, the calling one included
+  int32_t level;   // index of an instruction level, or -1 for the best this CPU runs
+} headinfer_attend_args;
+
+HEADINFER_EXPORT int32_t headinfer_abi(void);
+
+// Instruction levels built into this library, best first.
+HEADINFER_EXPORT int32_t headinfer_level_count(void);
+HEADINFER_EXPORT const char *headinfer_level_name(int32_t level);
+HEADINFER_EXPORT int32_t headinfer_level_runs(int32_t level);
+
+// Fills out and lse; a row that sees no key gets 0 and -inf. Bits do not depend on `threads`.
+HEADINFER_EXPORT int32_t headinfer_attend(const headinfer_attend_args *args);
+
+// Backs every page of [memory, memory + nbytes) with physical memory; contents stay as they are.
+HEADINFER_EXPORT int32_t headinfer_touch(void *memory, int64_t nbytes, int32_t threads);
+
+// Reads [memory, memory + nbytes) once with all threads; `seconds` is the wall time it took.
+HEADINFER_EXPORT int32_t headinfer_read(const void *memory, int64_t nbytes, int32_t threads,
+                                        double *seconds);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one tile, written once over a vector type `S` that each level brings.
+//
+// Per block of keys: scores of all rows, their running softmax, then the weighted sum of values.
+// K and V are used as they lie; rows are blocked in registers so that each loaded vector serves
+// several of them. A row's bits depend neither on the other rows nor on how rows are blocked.
+//
+// Everything here is in an unnamed namespace: compiled once per level with that level's flags, no
+// copy may be shared between levels by the linker.
+#ifndef HEADINFER_KERNEL_H
+#define HEADINFER_KERNEL_H
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "tile.h"
+#include "vector_math.h"
+
+#define HEADINFER_UNROLL _Pragma("GCC unroll 16")
+
+namespace headinfer {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// What has to be in the caches soon: `next` on, `lines` cache lines per row, rows `stride` apart.
+struct Ahead {
+  const char *next;
+  int64_t stride;
+  int64_t rows;
+  int lines;
+
+  inline void fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, next += stride)
+      for (int line = 0; line < lines; ++line) __builtin_prefetch(next + line * 64, 0, 3);
+  }
+};
+
+// Scores of keys in float32: two vectors of elements at a time, multiplied and added.
+template <class S, class T>
+struct FloatDots {
+  using F = typename S::F;
+  using Packed = float;
+  static constexpr int kStep = 2 * S::kWidth;
+  struct Part {
+    F a, b;
+  };
+
+  static inline Part query(const Packed *p) { return {S::load(p), S::load(p + S::kWidth)}; }
+  static inline Part keys(const T *p) {
+    Part part;
+    S::load2(p, part.a, part.b);
+    return part;
+  }
+  static inline Part keys(const T *p, int count) {
+    Part part;
+    S::load2(p, count, part.a, part.b);
+    return part;
+  }
+  static inline F add(F sum, const Part &q, const Part &k) {
+    return S::fma(q.b, k.b, S::fma(q.a, k.a, sum));
+  }
+  static inline void pack(const T *from, int count, Packed *to) {
+    const Part part = keys(from, count);
+    S::store(to, part.a);
+    S::store(to + S::kWidth, part.b);
+  }
+};
+
+template <class S, class T, class Dots>
+class TileRun {
+  using F = typename S::F;
+  using Packed = typename Dots::Packed;
+  static constexpr int W = S::kWidth;
+  static constexpr int64_t P = kBlockKeys;
+
+ public:
+  TileRun(const Tile &tile, void *scratch)
+      : tile_(tile),
+        call_(*tile.call),
+        k_(static_cast<const T *>(call_.k) + tile.batch * call_.k_stride[0] +
+           tile.kv_head * call_.k_stride[1] + tile.first_key * call_.k_stride[2]),
+        v_(static_cast<const T *>(call_.v) + tile.batch * call_.v_stride[0] +
+           tile.kv_head * call_.v_stride[1] + tile.first_key * call_.v_stride[2]),
+        q_width_(round_up(call_.key_dim, Dots::kStep)),
+        o_width_(round_up(call_.value_dim, 2 * W)) {
+    char *free = static_cast<char *>(scratch);
+    sums_ = carve<float>(free, tile.rows * o_width_);
+    p_ = carve<float>(free, tile.rows * P);
+    rescale_ = carve<float>(free, tile.rows);
+    q_ = carve<Packed>(free, tile.rows * q_width_);
+  }
+
+  void run() {
+    pack_queries();
+    std::memset(sums_, 0, sizeof(float) * static_cast<size_t>(tile_.rows * o_width_));
+    for (int64_t row = 0; row < tile_.rows; ++row) {
+      tile_.weight[row] = 0.0f;
+      tile_.peak[row] = -kInfinity;
+    }
+    for (int64_t key = 0; key < tile_.keys; key += P) {
+      const int64_t left = tile_.keys - key;
+      const int64_t keys = left < P ? left : P;
+      score(key, keys);
+      for (int64_t row = 0; row < tile_.rows; ++row) soften(row, key, keys);
+      weigh(key, keys, left - keys);
+    }
+    unpack_sums();
+  }
+
+ private:
+  template <class U>
+  static U *carve(char *&free, int64_t count) {
+    U *here = reinterpret_cast<U *>(free);
+    free += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
+    return here;
+  }
+
+  void pack_queries() {
+    alignas(64) T line[Dots::kStep];
+    for (int64_t row = 0; row < tile_.rows; ++row) {
+      const T *from = query(row);
+      for (int64_t d = 0; d < q_width_; d += Dots::kStep) {
+        const int64_t left = call_.key_dim - d;
+        const int count = static_cast<int>(left < Dots::kStep ? left : Dots::kStep);
+        for (int i = 0; i < count; ++i) line[i] = from[(d + i) * call_.q_stride[3]];
+        Dots::pack(line, count, q_ + row * q_width_ + d);
+      }
+    }
+  }
+
+  int64_t head(int64_t row) const {
+    return tile_.kv_head * call_.q_per_kv + (tile_.first_row + row) / call_.rows;
+  }
+  int64_t token(int64_t row) const { return (tile_.first_row + row) % call_.rows; }
+  const T *query(int64_t row) const {
+    return static_cast<const T *>(call_.q) + tile_.batch * call_.q_stride[0] +
+           head(row) * call_.q_stride[1] + token(row) * call_.q_stride[2];
+  }
+
+  // Scaled scores of `keys` keys from `key` on into p_; values of the same keys are fetched ahead.
+  void score(int64_t key, int64_t keys) {
+    const T *k = k_ + key * call_.k_stride[2];
+    Ahead ahead{reinterpret_cast<const char *>(v_ + key * call_.v_stride[2]),
+                call_.v_stride[2] * static_cast<int64_t>(sizeof(T)), keys,
+                static_cast<int>((call_.value_dim * static_cast<int64_t>(sizeof(T)) + 63) / 64)};
+    int64_t row = 0;
+    if constexpr (S::kDotRows >= 4)
+      for (; row + 4 <= tile_.rows; row += 4) dots<4>(row, k, keys, ahead);
+    if constexpr (S::kDotRows >= 3)
+      if (row + 3 <= tile_.rows) dots<3>(row, k, keys, ahead), row += 3;
+    for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, keys, ahead);
+    if (row < tile_.rows) dots<1>(row, k, keys, ahead);
+  }
+
+  // R rows against all keys of the block, as many keys at a time as fill the sums of one reduction.
+  template <int R>
+  void dots(int64_t row, const T *k, int64_t keys, Ahead &ahead) {
+    constexpr int K = S::kDotSums / (R == 3 ? 4 : R);
+    constexpr int kSums = (R * K + W - 1) / W * W;
+    const F scale = S::set(call_.scale);
+    const Packed *q = q_ + row * q_width_;
+    const int64_t whole = call_.key_dim / Dots::kStep * Dots::kStep;
+    const int tail = static_cast<int>(call_.key_dim - whole);
+    for (int64_t key = 0; key < keys; key += K) {
+      ahead.fetch(K);
+      // Past the end the last key is repeated: its scores are replaced, nothing else is read.
+      const T *from[K];
+      HEADINFER_UNROLL for (int i = 0; i < K; ++i)
+        from[i] = k + (key + i < keys ? key + i : keys - 1) * call_.k_stride[2];
+      F sum[kSums];
+      HEADINFER_UNROLL for (int i = 0; i < kSums; ++i) sum[i] = S::zero();
+      for (int64_t d = 0; d < whole; d += Dots::kStep) {
+        typename Dots::Part part[R];
+        HEADINFER_UNROLL for (int r = 0; r < R; ++r) part[r] = Dots::query(q + r * q_width_ + d);
+        HEADINFER_UNROLL for (int i = 0; i < K; ++i) {
+          const typename Dots::Part mine = Dots::keys(from[i] + d);
+          HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+            sum[r * K + i] = Dots::add(sum[r * K + i], part[r], mine);
+        }
+      }
+      if (tail != 0) {
+        typename Dots::Part part[R];
+        HEADINFER_UNROLL for (int r = 0; r < R; ++r) part[r] = Dots::query(q + r * q_width_ + whole);
+        HEADINFER_UNROLL for (int i = 0; i < K; ++i) {
+          const typename Dots::Part mine = Dots::keys(from[i] + whole, tail);
+          HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+            sum[r * K + i] = Dots::add(sum[r * K + i], part[r], mine);
+        }
+      }
+      alignas(64) float found[kSums];
+      HEADINFER_UNROLL for (int i = 0; i < kSums; i += W)
+        S::store(found + i, S::mul(S::sums(sum + i), scale));
+      HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+        std::memcpy(p_ + (row + r) * P + key, found + r * K, sizeof(float) * K);
+    }
+  }
+
+  // Scores of a row become weights exp(score - peak); peak, weight and rescale_ follow.
+  void soften(int64_t row, int64_t key, int64_t keys) {
+    float *p = p_ + row * P;
+    if (call_.softcap != 0.0f) cap(p);
+    if (call_.causal != 0 || call_.biased != HEADINFER_NO_BIAS) hide(p, row, key, keys);
+    const int64_t padded = round_up(keys, W);
+    for (int64_t i = keys; i < padded; ++i) p[i] = -kInfinity;
+
+    const float before = tile_.peak[row];
+    F most = S::load(p);
+    for (int64_t i = W; i < padded; i += W) most = S::max(most, S::load(p + i));
+    const float block = S::highest(most);
+    const float peak = block > before ? block : before;
+    float sum = 0.0f;
+    if (peak > -kInfinity && peak < kInfinity) {
+      const F shift = S::set(peak);
+      F total = S::zero();
+      for (int64_t i = 0; i < padded; i += W) {
+        const F weight = exp_nonpositive<S>(S::sub(S::load(p + i), shift));
+        S::store(p + i, weight);
+        total = S::add(total, weight);
+      }
+      sum = S::sum(total);
+      if (sum < kInfinity) {
+        rescale_[row] = before == peak ? 1.0f : std::exp(before - peak);
+        tile_.weight[row] = tile_.weight[row] * rescale_[row] + sum;
+        tile_.peak[row] = peak;
+        return;
+      }
+    }
+    // Nothing seen so far, or a score without a finite exponential: as in the softmax of the
+    // reference, whose NaN weights become 0, no value counts.
+    const bool seen = peak != -kInfinity || has_nan(p, keys);
+    if (seen) tile_.peak[row] = has_nan(p, keys) || std::isnan(before) || sum != sum
+                                    ? std::numeric_limits<float>::quiet_NaN()
+                                    : kInfinity;
+    rescale_[row] = seen ? 0.0f : 1.0f;
+    for (int64_t i = 0; i < padded; ++i) p[i] = 0.0f;
+  }
+
+  static bool has_nan(const float *p, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      if (std::isnan(p[i])) return true;
+    return false;
+  }
+
+  void cap(float *p) const {
+    const F cap = S::set(call_.softcap);
+    for (int64_t i = 0; i < P; i += W)
+      S::store(p + i, S::mul(cap, tanh_any<S>(S::div(S::load(p + i), cap))));
+  }
+
+  void hide(float *p, int64_t row, int64_t key, int64_t keys) const {
+    const int64_t first = tile_.first_key + key;
+    if (call_.causal != 0)
+      for (int64_t i = token(row) - first + 1 < 0 ? 0 : token(row) - first + 1; i < keys; ++i)
+        p[i] = -kInfinity;
+    if (call_.biased == HEADINFER_NO_BIAS) return;
+    const int64_t *stride = call_.bias_stride;
+    const int64_t start = tile_.batch * stride[0] + head(row) * stride[1] + token(row) * stride[2] +
+                          first * stride[3];
+    if (call_.biased == HEADINFER_BOOL_BIAS) {
+      const unsigned char *seen = static_cast<const unsigned char *>(call_.bias) + start;
+      for (int64_t i = 0; i < keys; ++i) p[i] = seen[i * stride[3]] != 0 ? p[i] : -kInfinity;
+    } else {
+      const float *bias = static_cast<const float *>(call_.bias) + start;
+      for (int64_t i = 0; i < keys; ++i) p[i] += bias[i * stride[3]];
+    }
+  }
+
+  // sums_ = sums_ * rescale_ + weights times values; keys of the next block are fetched ahead.
+  void weigh(int64_t key, int64_t keys, int64_t later) {
+    const T *v = v_ + key * call_.v_stride[2];
+    Ahead ahead{reinterpret_cast<const char *>(k_ + (key + keys) * call_.k_stride[2]),
+                call_.k_stride[2] * static_cast<int64_t>(sizeof(T)), later < P ? later : P,
+                static_cast<int>((call_.key_dim * static_cast<int64_t>(sizeof(T)) + 63) / 64)};
+    int64_t row = 0;
+    for (; row + 4 <= tile_.rows; row += 4) columns<4>(row, v, keys, ahead);
+    if (row + 3 <= tile_.rows) columns<3>(row, v, keys, ahead), row += 3;
+    if (row + 2 <= tile_.rows) columns<2>(row, v, keys, ahead), row += 2;
+    if (row < tile_.rows) columns<1>(row, v, keys, ahead);
+  }
+
+  template <int R>
+  void columns(int64_t row, const T *v, int64_t keys, Ahead &ahead) {
+    constexpr int kPairs = R > 2 ? S::kPairs : S::kPairsFewRows;
+    int64_t column = 0;
+    for (; column + 2 * W * kPairs <= call_.value_dim; column += 2 * W * kPairs)
+      strip<R, kPairs, false>(row, column, v, keys, ahead);
+    for (; column + 2 * W <= call_.value_dim; column += 2 * W)
+      strip<R, 1, false>(row, column, v, keys, ahead);
+    if (column < call_.value_dim) strip<R, 1, true>(row, column, v, keys, ahead);
+  }
+
+  // R rows of `pairs` times two vectors of columns over all keys of the block.
+  template <int R, int kPairs, bool kTail>
+  void strip(int64_t row, int64_t column, const T *v, int64_t keys, Ahead &ahead) {
+    const int tail = static_cast<int>(call_.value_dim - column);
+    const float *p = p_ + row * P;
+    const T *from = v + column;
+    F sum[R][2 * kPairs];
+    HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+      HEADINFER_UNROLL for (int c = 0; c < 2 * kPairs; ++c) sum[r][c] = S::zero();
+    for (int64_t key = 0; key < keys; ++key, from += call_.v_stride[2]) {
+      ahead.fetch(1);
+      F value[2 * kPairs];
+      HEADINFER_UNROLL for (int c = 0; c < kPairs; ++c) {
+        if constexpr (kTail) S::load2(from, tail, value[0], value[1]);
+        else S::load2(from + 2 * W * c, value[2 * c], value[2 * c + 1]);
+      }
+      HEADINFER_UNROLL for (int r = 0; r < R; ++r) {
+        const F weight = S::set(p[r * P + key]);
+        HEADINFER_UNROLL for (int c = 0; c < 2 * kPairs; ++c)
+          sum[r][c] = S::fma(weight, value[c], sum[r][c]);
+      }
+    }
+    HEADINFER_UNROLL for (int r = 0; r < R; ++r) {
+      const F rescale = S::set(rescale_[row + r]);
+      float *to = sums_ + (row + r) * o_width_ + column;
+      HEADINFER_UNROLL for (int c = 0; c < 2 * kPairs; ++c)
+        S::store(to + W * c, S::fma(S::load(to + W * c), rescale, sum[r][c]));
+    }
+  }
+
+  void unpack_sums() {
+    alignas(64) float line[2 * W];
+    for (int64_t row = 0; row < tile_.rows; ++row)
+      for (int64_t column = 0; column < o_width_; column += 2 * W) {
+        const float *from = sums_ + row * o_width_ + column;
+        S::template store2<T>(line, S::load(from), S::load(from + W));
+        const int64_t left = call_.value_dim - column;
+        std::memcpy(tile_.sums + row * call_.value_dim + column, line,
+                    sizeof(float) * static_cast<size_t>(left < 2 * W ? left : 2 * W));
+      }
+  }
+
+  const Tile &tile_;
+  const headinfer_attend_args &call_;
+  const T *k_;
+  const T *v_;
+  int64_t q_width_, o_width_;
+  float *sums_;     // [rows, o_width_], columns in the order S::load2 gives them
+  float *p_;        // [rows, P] scores, then weights
+  float *rescale_;  // [rows] what sums so far are multiplied with
+  Packed *q_;       // [rows, q_width_], dims in the order of Dots, zeros after the last
+};
+
+template <class S, class T, class Dots = FloatDots<S, T>>
+void run_tile(const Tile &tile, void *scratch) {
+  TileRun<S, T, Dots>(tile, scratch).run();
+}
+
+}  // namespace
+}  // namespace headinfer
+
+#endif

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO, attend
-from headinfer.attention.masks import MaskRecipe
-from headinfer.attention.merge import add_sink, identity, merge_all, merge_into
-from headinfer.attention.types import Partial
+from headinfer.attention.api import AUTO, attend, copies_keys, spec_of
+from headinfer.attention.masks import Block, MaskRecipe
+from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
+from headinfer.attention.types import Partial, Window
 from headinfer.heads import Piece
 
 EXPAND_BYTES = 64 * 2**20
@@ -74,7 +74,7 @@ class Total:
         self._impl = impl
         self._collect = collect
         self._parts: list[Partial] = []  # each over all rows
-        self._owned = False  # whether the only part may be merged into
+        self._owned = False  # whether the first part may be merged into
 
     @property
     def partial(self) -> Partial:
@@ -83,6 +83,8 @@ class Total:
             batch, heads, rows, _ = self._q.shape
             shape = (batch, heads, rows, self._query.value_dim)
             self._parts, self._owned = [identity(shape, device=self._q.device)], True
+        elif len(self._parts) == 2 and self._owned:
+            merge_into(self._parts[0], self._parts.pop())
         elif len(self._parts) > 1:
             self._parts, self._owned = [merge_all(self._parts)], True
         return self._parts[0]
@@ -93,8 +95,7 @@ class Total:
         for block in self._query.recipe.blocks(rows, keys):
             start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
             step = stop - start
-            copied = self._query.expand is not None or self._query.softcap is not None
-            if copied and not block.causal:
+            if not block.causal and (self._query.expand is not None or self._copies(piece, block)):
                 step = min(step, self._expand_tokens(piece))
             for first in range(start, stop, step):
                 last = min(first + step, stop)
@@ -102,7 +103,10 @@ class Total:
                 if bias is not None and step < stop - start:
                     bias = bias[..., first - start : last - start]
                 k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
-                self._add(block.rows, k, v, block.causal, bias)
+                window = block.window
+                if window is not None:
+                    window = window._replace(offset=window.offset - (first - start))
+                self._add(block.rows, k, v, block.causal, bias, window)
 
     def join(self, groups: Sequence[Total]) -> None:
         """Add what `groups` found, each for its share of these heads, in order."""
@@ -120,19 +124,27 @@ class Total:
 
     def finish(self, out: Tensor) -> None:
         """Write the result into out [b, t, h, d]."""
-        total = self.partial
-        if self._query.sink is not None:
-            total = add_sink(total, self._query.sink[self._heads[0] : self._heads[1]])
-        out[:, :, self._heads[0] : self._heads[1]].copy_(total.out.transpose(1, 2))
+        parts, sink = self._parts or [self.partial], self._query.sink
+        if sink is not None:
+            sink = sink[self._heads[0] : self._heads[1]]
+        write_merged(parts, out[:, :, self._heads[0] : self._heads[1]].transpose(1, 2), sink=sink)
 
     def _add(
-        self, rows: tuple[int, int], k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
+        self,
+        rows: tuple[int, int],
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        window: Window | None,
     ) -> None:
         query = self._query
         if query.expand is not None:
             k, v = query.expand(k, v)
         if bias is not None and bias.shape[1] != 1:
             bias = bias[:, self._heads[0] : self._heads[1]]
+        if not self._collect and len(self._parts) > 1:
+            _ = self.partial  # before there is a third: no more than two are held
         part = attend(
             self._q[:, :, rows[0] : rows[1]],
             k,
@@ -141,17 +153,17 @@ class Total:
             causal=causal,
             bias=bias,
             softcap=query.softcap,
+            window=window,
             impl=self._impl,
         )
         self._merge(rows, part)
 
     def _merge(self, rows: tuple[int, int], part: Partial) -> None:
-        whole = rows == (0, self._q.shape[2])
-        if whole and (self._collect or not self._parts):
-            if len(self._parts) * part.out.nbytes > PENDING_BYTES:
+        if rows == (0, self._q.shape[2]):
+            if self._collect and len(self._parts) * part.out.nbytes > PENDING_BYTES:
                 self._parts = [self.partial]
+            # One more part waits, so that the last merge can be written where it is wanted.
             self._parts.append(part)
-            self._owned = False
             return
         total = self.partial
         if not self._owned:
@@ -159,6 +171,16 @@ class Total:
             self._parts, self._owned = [total], True
         here = slice(rows[0], rows[1])
         merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
+
+    def _copies(self, piece: Piece, block: Block) -> bool:
+        """Whether a softcap leaves these keys to an implementation that copies them."""
+        if self._query.softcap is None:
+            return False
+        biased, windowed = block.bias is not None, block.window is not None
+        spec = spec_of(
+            self._q, piece.k, piece.v, biased=biased, softcap=True, windowed=windowed
+        )
+        return copies_keys(spec, self._impl)
 
     def _expand_tokens(self, piece: Piece) -> int:
         batch, heads, _, dim = self._q.shape

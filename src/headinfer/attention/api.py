@@ -94,6 +94,11 @@ def spec_of(
     )
 
 
+def copies_keys(spec: AttentionSpec, impl: str = AUTO) -> bool:
+    """Whether the implementation that runs `spec` makes a float32 copy of its keys and values."""
+    return choose(spec, impl).name == ReferenceAttention.name and spec.dtype != torch.float32
+
+
 @lru_cache(maxsize=256)
 def choose(spec: AttentionSpec, impl: str = AUTO) -> AttentionImpl:
     """The implementation that runs `spec`.
@@ -117,6 +122,13 @@ def choose(spec: AttentionSpec, impl: str = AUTO) -> AttentionImpl:
         f"attention={impl!r} cannot run {spec}: {' | '.join(lines)}. Use attention='auto', or "
         "'reference', which runs everything.",
         reasons=lines,
+    )
+
+
+def fuses_windows(device: torch.device) -> bool:
+    """Whether calls with a window run fused on `device`; elsewhere masks are made for them."""
+    return not IMPLEMENTATIONS["triton"].unsupported(
+        AttentionSpec(device.type, torch.bfloat16, 64, 64, 1, 64, False, False, False, True)
     )
 
 

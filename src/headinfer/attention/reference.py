@@ -41,7 +41,9 @@ class ReferenceAttention:
         if window is not None:  # slices as long as the window see at most twice its keys
             step = max(step, min(window.size, SCORE_ELEMENTS // (batch * heads * 2 * window.size)))
         parts = [
-            _rows(q, k, v, slice(start, min(start + step, rows)), scale, causal, bias, softcap, window)
+            _rows(
+                q, k, v, slice(start, min(start + step, rows)), scale, causal, bias, softcap, window
+            )
             for start in range(0, rows, step)
         ]
         if not parts:

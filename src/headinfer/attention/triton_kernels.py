@@ -71,7 +71,7 @@ def _span(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k_place = column[:, None] * k_s.to(tl.int32) + d[None, :] * k_d
     v_place = column[:, None] * v_s.to(tl.int32) + e[None, :] * v_d
-    for block in range(0, blocks):
+    for block in range(blocks):
         start = first + block * BLOCK_N
         if MASKED:
             start = tl.where(block < first_blocks, start, second + (block - first_blocks) * BLOCK_N)
@@ -83,7 +83,9 @@ def _span(
             score = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             for part in tl.static_range(0, BLOCK_D, CHUNK):
                 c = part + tl.arange(0, CHUNK)
-                some = tl.load(q + c[None, :] * q_d, mask=real[:, None] & (c < D)[None, :], other=0.0)
+                some = tl.load(
+                    q + c[None, :] * q_d, mask=real[:, None] & (c < D)[None, :], other=0.0
+                )
                 key = _load(k_from + column[:, None] * k_s.to(tl.int32) + c[None, :] * k_d,
                             here, stop, c, D, BLOCK_D, MASKED)  # fmt: skip
                 score = tl.dot(some, tl.trans(key), score, input_precision="ieee")

@@ -177,9 +177,7 @@ class Total:
         if self._query.softcap is None:
             return False
         biased, windowed = block.bias is not None, block.window is not None
-        spec = spec_of(
-            self._q, piece.k, piece.v, biased=biased, softcap=True, windowed=windowed
-        )
+        spec = spec_of(self._q, piece.k, piece.v, biased=biased, softcap=True, windowed=windowed)
         return copies_keys(spec, self._impl)
 
     def _expand_tokens(self, piece: Piece) -> int:

@@ -143,7 +143,9 @@ def test_the_reference_attends_windows(
 ) -> None:
     monkeypatch.setattr("headinfer.attention.reference.SCORE_ELEMENTS", 500)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn((2, h, n, 8), generator=generator) for h, n in ((4, 30), (2, 50), (2, 50)))
+    q, k, v = (
+        torch.randn((2, h, n, 8), generator=generator) for h, n in ((4, 30), (2, 50), (2, 50))
+    )
     bias = torch.rand((2, 1, 1, 50), generator=generator) < 0.7 if biased else None
     for size in (1, 7, 100):
         window = Window(offset, size)

@@ -158,11 +158,15 @@ def _merge_two(
     h, b = bh % heads, bh // heads
     d = tl.arange(0, BLOCK)
     inside = real[:, None] & (d < WIDTH)[None, :]
-    x = tl.load(a + (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0)
+    x = tl.load(
+        a + (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
+    )
     x = x.to(tl.float32)
     x_lse = tl.load(a_lse + b * al_b + h * al_h + t * al_t, mask=real, other=0.0)
     if TWO:
-        y = tl.load(c + (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0)
+        y = tl.load(
+            c + (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
+        )
         y = y.to(tl.float32)
         y_lse = tl.load(c_lse + b * cl_b + h * cl_h + t * cl_t, mask=real, other=0.0)
         share, rest = _share(y_lse, x_lse)[:, None], _share(x_lse, y_lse)[:, None]

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO, attend, copies_keys, spec_of
+from headinfer.attention.api import AUTO, attend, grows_with_keys, spec_of
 from headinfer.attention.masks import Block, MaskRecipe
 from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
 from headinfer.attention.types import Partial, Window
 from headinfer.heads import Piece
 
 EXPAND_BYTES = 64 * 2**20
-"""Latent keys and values are expanded, and those attended with softcap copied, this much at once."""
+"""Latent keys and values are expanded, and those with softcap copied where no kernel fuses it, this much at once."""
 
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
@@ -95,7 +95,7 @@ class Total:
         for block in self._query.recipe.blocks(rows, keys):
             start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
             step = stop - start
-            if not block.causal and (self._query.expand is not None or self._copies(piece, block)):
+            if not block.causal and (self._query.expand is not None or self._grows(piece, block)):
                 step = min(step, self._expand_tokens(piece))
             for first in range(start, stop, step):
                 last = min(first + step, stop)
@@ -172,13 +172,13 @@ class Total:
         here = slice(rows[0], rows[1])
         merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
 
-    def _copies(self, piece: Piece, block: Block) -> bool:
-        """Whether a softcap leaves these keys to an implementation that copies them."""
+    def _grows(self, piece: Piece, block: Block) -> bool:
+        """Whether a softcap leaves these keys to an implementation whose memory they decide."""
         if self._query.softcap is None:
             return False
         biased, windowed = block.bias is not None, block.window is not None
         spec = spec_of(self._q, piece.k, piece.v, biased=biased, softcap=True, windowed=windowed)
-        return copies_keys(spec, self._impl)
+        return grows_with_keys(spec, self._impl)
 
     def _expand_tokens(self, piece: Piece) -> int:
         batch, heads, _, dim = self._q.shape

@@ -108,10 +108,10 @@ def with_window(bias, window, rows, keys):
 
 @runs
 @every_type
-@pytest.mark.parametrize("dim", [8, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [8, 80, 96, 128, 192, 256])
 def test_every_head_dim(dtype, dim):
     compare(*make(dtype, d=dim))
-    compare(*make(dtype, d=dim, g=1, t=67, s=67), causal=True)
+    compare(*make(dtype, d=dim, h=1, g=1, t=67, s=67), causal=True)
 
 
 @runs
@@ -164,9 +164,22 @@ def test_masks_hide_keys_and_rows_that_see_none_are_zero(dtype):
 
 @runs
 @every_type
-@pytest.mark.parametrize("offset", [-40, -3, 0, 5, 250, 330, 900])
+def test_the_lowest_number_hides_as_in_eager_attention(dtype):
+    """transformers' additive masks: a row that sees nothing is the mean of all values."""
+    q, k, v = make(dtype, t=6, s=41)
+    lowest = torch.zeros(1, 1, 6, 41, device=DEVICE)
+    lowest[..., 30:] = lowest[:, :, 2] = torch.finfo(torch.float32).min
+    found = triton_attention(q, k, v, scale=0.125, bias=lowest)
+    reference = ReferenceAttention()(q, k, v, scale=0.125, bias=lowest)
+    torch.testing.assert_close(found.out.float(), reference.out, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(found.lse, reference.lse, rtol=2e-3, atol=2e-3)
+
+
+@runs
+@every_type
+@pytest.mark.parametrize("offset", [-40, -3, 5, 250, 330, 900])
 def test_windows_at_every_place(dtype, offset):
-    q, k, v = make(dtype, t=66, s=300, d=32, g=3)
+    q, k, v = make(dtype, t=46, s=300, d=16, g=3, h=1)
     for size in (1, 31, 128, 2**31):
         compare(q, k, v, window=Window(offset, size))
     padding = torch.arange(300, device=DEVICE) > 70
@@ -176,11 +189,11 @@ def test_windows_at_every_place(dtype, offset):
 @runs
 @every_type
 def test_few_rows_split_the_keys(dtype):
-    compare(*make(dtype, t=1, s=3000, g=4, b=2))
-    compare(*make(dtype, t=1, s=2047, h=1, g=7, d=80), softcap=20.0)
-    compare(*make(dtype, t=2, s=1500, h=1, g=1), window=Window(1200, 700))
-    q, k, v = make(dtype, t=1, s=1500, h=1)
-    bias = torch.arange(1500, device=DEVICE)[None, None, None] >= 1490  # most splits see nothing
+    compare(*make(dtype, t=1, s=1100, g=4, d=16))
+    compare(*make(dtype, t=1, s=1047, h=1, g=7, d=80), softcap=20.0)
+    compare(*make(dtype, t=2, s=900, h=1, g=1, d=32), window=Window(700, 600))
+    q, k, v = make(dtype, t=1, s=800, h=1, d=16)
+    bias = torch.arange(800, device=DEVICE)[None, None, None] >= 790  # most splits see nothing
     compare(q, k, v, bias=bias)
     hidden = triton_attention(q, k, v, scale=1.0, bias=torch.zeros_like(bias))
     assert not hidden.out.any()
@@ -371,7 +384,9 @@ def test_what_torch_does_not_take_goes_to_triton(monkeypatch):
     assert choose(cuda_spec(d=512, e=512, softcap=True)).name == "reference"
     assert choose(cuda_spec(torch.float64)).name == "reference"
     assert choose(cuda_spec(softcap=True, gradient=True)).name == "reference"
-    assert api.copies_keys(AttentionSpec("cpu", torch.bfloat16, 64, 64, 1, 1, False, False, True))
+    assert api.grows_with_keys(
+        AttentionSpec("cpu", torch.bfloat16, 64, 64, 1, 1, False, False, True)
+    )
 
 
 def test_it_says_why_it_cannot(monkeypatch):

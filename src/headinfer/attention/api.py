@@ -94,9 +94,10 @@ def spec_of(
     )
 
 
-def copies_keys(spec: AttentionSpec, impl: str = AUTO) -> bool:
-    """Whether the implementation that runs `spec` makes a float32 copy of its keys and values."""
-    return choose(spec, impl).name == ReferenceAttention.name and spec.dtype != torch.float32
+def grows_with_keys(spec: AttentionSpec, impl: str = AUTO) -> bool:
+    """Whether the implementation that runs `spec` makes tensors as long as its keys: copies of
+    them in float32, and scores."""
+    return choose(spec, impl).name == ReferenceAttention.name
 
 
 @lru_cache(maxsize=256)

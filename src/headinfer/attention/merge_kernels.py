@@ -149,8 +149,8 @@ def _merge_two(
     cl_b: tl.int64, cl_h: tl.int64, cl_t: tl.int64,
     ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
     heads, rows, count,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr, TWO: tl.constexpr,
-    WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
+    TWO: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
     real = row < count
@@ -196,8 +196,8 @@ def _merge_stacked(
     o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
     ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
     parts, heads, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, WRITE_LSE: tl.constexpr,
-    SINK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     t, bh = row % rows, row // rows

@@ -211,6 +211,7 @@ def _launch(
     out = q.new_empty(shape, dtype=torch.float32 if splits > 1 else q.dtype)
     lse = q.new_empty((splits, batch, heads, rows), dtype=torch.float32)
     kind, bias, bias_strides = _bias(bias)
+    k, v = _near(k), _near(v)
     align = _alignment(q, k, v)
     with torch.cuda.device_of(q):
         attend_kernel[(-(-(heads // kv_heads * rows) // tiles.rows), batch * kv_heads, splits)](
@@ -269,6 +270,11 @@ def _alignment(*tensors: Tensor) -> int:
     wide = 16 // tensors[0].element_size()
     even = all(step % wide == 0 for x in tensors for step in x.stride()[:-1])
     return wide if even else 1
+
+
+def _near(x: Tensor) -> Tensor:
+    """`x`, copied if its tokens lie so far apart that places within a tile overflow 32 bits."""
+    return x if x.stride(2) < 2**23 else x.contiguous()
 
 
 def _strides(x: Tensor, align: int) -> tuple[int, ...]:

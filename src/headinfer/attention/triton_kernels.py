@@ -9,10 +9,8 @@ triton. Tile sizes, splits and the choice of variants are made there.
 import triton
 import triton.language as tl
 
-NO_BIAS = 0
-BOOL_BIAS = 1
-ADDED_BIAS = 2
 CHUNK = tl.constexpr(16)
+"""Dims of a float32 product kept in registers at a time."""
 
 # Whole numbers a context changes: specialising on them would compile anew as it grows.
 _LENGTHS = ["kv_heads", "q_per_kv", "rows", "keys", "split_keys", "window_offset", "window_size"]
@@ -22,17 +20,20 @@ _STRIDES = [f"{name}_{axis}" for name, axes in (
 
 
 @triton.jit
-def _tanh(x):
-    # exp(-2|x|) cannot overflow. Below 1/2, where the difference would cancel, an odd polynomial
-    # fitted to tanh there: relative error 3e-9.
+def _tanh(x, PRECISE: tl.constexpr):
+    # exp(-2|x|) cannot overflow. The difference cancels for small x: an error of one rounding of 1,
+    # too much for float32, which below 1/2 takes an odd polynomial fitted to tanh there (3e-9).
     size = tl.abs(x)
     t = tl.exp(-2.0 * size)
-    large = (1.0 - t) / (1.0 + t)
-    z = x * x
-    tail = 0.0214657848 + z * -0.00694477229
-    tail = -0.0539314249 + z * tail
-    tail = -0.3333333227 + z * (0.1333320392 + z * tail)
-    return tl.where(size < 0.5, x + x * z * tail, tl.where(x < 0, -large, large))
+    found = (1.0 - t) / (1.0 + t)
+    found = tl.where(x < 0, -found, found)
+    if PRECISE:
+        z = x * x
+        tail = 0.0214657848 + z * -0.00694477229
+        tail = -0.0539314249 + z * tail
+        tail = -0.3333333227 + z * (0.1333320392 + z * tail)
+        found = tl.where(size < 0.5, x + x * z * tail, found)
+    return found
 
 
 @triton.jit
@@ -58,15 +59,16 @@ def _span(
     first, first_blocks, second, blocks, stop, scale, softcap,
     q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PRECISE: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """`blocks` blocks of keys: `first_blocks` from key `first` on, the others from `second` on.
 
-    q are queries, or where they lie if PRECISE. Keys from `stop` on are not there. k, v and bias point at the head's key 0. Scores are in
-    units of log 2 unless PRECISE: the hardware's exponential has base 2.
+    q are queries, or where they lie if PRECISE. Keys from `stop` on are not there. k, v and bias
+    point at the head's key 0. Unless NATURAL, scores are in units of log 2: the hardware's
+    exponential has base 2.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
+    UNIT: tl.constexpr = 1.0 if NATURAL else 1.4426950408889634
     column = tl.arange(0, BLOCK_N)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k_place = column[:, None] * k_s.to(tl.int32) + d[None, :] * k_d
@@ -94,13 +96,9 @@ def _span(
             score = tl.dot(q, tl.trans(key))
         value = _load(v_from + v_place, here, stop, e, E, BLOCK_E, MASKED)
         if SOFTCAP:
-            score = softcap * _tanh(score * scale / softcap)
-            if not PRECISE:
-                score *= LOG2_E
-        elif PRECISE:
-            score *= scale
+            score = softcap * UNIT * _tanh(score * (scale / softcap), PRECISE)
         else:
-            score *= scale * LOG2_E
+            score *= scale * UNIT
         if MASKED:
             seen = (here < stop)[None, :]
             if BIAS != 0:
@@ -108,8 +106,7 @@ def _span(
                 if BIAS == 1:
                     seen = seen & (tl.load(bias_from, mask=seen, other=0) != 0)
                 else:
-                    added = tl.load(bias_from, mask=seen, other=0.0).to(tl.float32)
-                    score += added if PRECISE else added * LOG2_E
+                    score += tl.load(bias_from, mask=seen, other=0.0).to(tl.float32)
             if WINDOWED:
                 last = position + window_offset
                 seen = seen & (here[None, :] <= last[:, None])
@@ -119,8 +116,11 @@ def _span(
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row that has seen nothing yet: its exponents would be -inf + inf.
         safe = tl.where(new_top == -float("inf"), 0.0, new_top) if MASKED else new_top
-        if PRECISE:
+        if NATURAL:
             weight, keep = tl.exp(score - safe[:, None]), tl.exp(top - safe)
+        else:
+            weight, keep = tl.exp2(score - safe[:, None]), tl.exp2(top - safe)
+        if PRECISE:
             # The lost low bits of the sum are carried along: thousands of blocks would drift.
             more = tl.sum(weight, 1) - lost * keep
             old = total * keep
@@ -130,7 +130,6 @@ def _span(
             found = tl.dot(weight, value, input_precision="ieee")
             acc = tl.fma(acc, tl.broadcast_to(keep[:, None], acc.shape), found)
         else:
-            weight, keep = tl.exp2(score - safe[:, None]), tl.exp2(top - safe)
             total = total * keep + tl.sum(weight, 1)
             acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None])
         top = new_top
@@ -153,7 +152,8 @@ def attend_kernel(
 
     Grid: (tiles, batch * kv_heads, splits). The q_per_kv query heads are rows too: row m is token
     m // q_per_kv of query head m % q_per_kv, so that a tile's tokens are close and its keys few.
-    Strides of q, k and v other than the last come divided by ALIGN.
+    Strides of q, k and v other than the last come divided by ALIGN. BIAS: 0 there is none, 1 bytes
+    that are true where a key is seen, 2 numbers to add.
     Split i sees keys [i * split_keys, (i + 1) * split_keys), split_keys a multiple of BLOCK_N.
     Writes out [splits, batch, rows, heads, E] and lse [splits, batch, heads, rows], contiguous.
     """
@@ -164,6 +164,8 @@ def attend_kernel(
     tile = tl.program_id(0)
     if WINDOWED:  # causal: the last tiles have the most keys, so they start first
         tile = tl.num_programs(0) - 1 - tile
+    # Natural where that is what is asked for, or where a bias of the lowest number would overflow.
+    NATURAL: tl.constexpr = PRECISE or BIAS == 2
     batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     split = tl.program_id(2)
     packed = q_per_kv * rows
@@ -193,9 +195,8 @@ def attend_kernel(
     # Blocks from `full_low` to `full_high` are seen by every row; those around them need a mask.
     full_low, full_high = low, tl.maximum(low, stop // BLOCK_N * BLOCK_N)
     if WINDOWED:
-        first_row, last_row = tile * BLOCK_M // q_per_kv, tl.minimum(
-            (tile + 1) * BLOCK_M - 1, packed - 1
-        ) // q_per_kv  # fmt: skip
+        first_row = tile * BLOCK_M // q_per_kv
+        last_row = tl.minimum((tile + 1) * BLOCK_M - 1, packed - 1) // q_per_kv
         oldest = first_row + window_offset - window_size + 1
         low = tl.maximum(low, tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N)
         stop = tl.maximum(tl.minimum(stop, last_row + window_offset + 1), low)
@@ -216,22 +217,25 @@ def attend_kernel(
         query, k, v, bias, acc, top, total, lost, position, real,
         low, before, full_high, before + after, stop, scale, softcap,
         q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, True, WINDOWED, SOFTCAP, BIAS, PRECISE,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, True,
+        WINDOWED, SOFTCAP, BIAS, PRECISE, NATURAL,
     )  # fmt: skip
     if BIAS == 0:
         acc, top, total, lost = _span(
             query, k, v, bias, acc, top, total, lost, position, real,
             full_low, 0, full_low, (full_high - full_low) // BLOCK_N, stop, scale, softcap,
             q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, False, WINDOWED, SOFTCAP, BIAS, PRECISE,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, False,
+            WINDOWED, SOFTCAP, BIAS, PRECISE, NATURAL,
         )  # fmt: skip
 
     blank = total == 0.0
     safe = tl.where(blank, 1.0, total)
     found = acc / safe[:, None]
-    logarithm = tl.where(blank, 0.0, top) + (tl.log(safe) if PRECISE else tl.log2(safe))
-    if not PRECISE:
-        logarithm *= 0.6931471805599453
+    if NATURAL:
+        logarithm = top + tl.log(safe)
+    else:
+        logarithm = (top + tl.log2(safe)) * 0.6931471805599453
     logarithm = tl.where(blank, -float("inf"), logarithm)
     batches, heads = tl.num_programs(1) // kv_heads, kv_heads * q_per_kv
     place = (split * batches + batch).to(tl.int64) * rows * heads

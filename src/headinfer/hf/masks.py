@@ -190,12 +190,11 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, FunctionType) and isinstance(b, FunctionType):
         closed = [cell.cell_contents for cell in a.__closure__ or ()]
         other = [cell.cell_contents for cell in b.__closure__ or ()]
-        return (
-            a is b
-            or (a.__code__ is b.__code__
+        return a is b or (
+            a.__code__ is b.__code__
             and a.__defaults__ == b.__defaults__
             and a.__kwdefaults__ == b.__kwdefaults__
-            and _same(closed, other))
+            and _same(closed, other)
         )
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))

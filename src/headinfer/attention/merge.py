@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Partials over different spans become one: a commutative monoid with identity (0, -inf).
 
-What is written here in torch is the reference and runs on every device but CUDA. There the kernels of
-`attention/merge_kernels.py` do the same in one pass over memory, if triton is there and nothing
-records gradients. With weights w_i = exp(lse_i - lse), lse = log sum exp lse_i, the outputs add as sum w_i out_i;
+With weights w_i = exp(lse_i - lse), lse = log sum exp lse_i, the outputs add as sum w_i out_i;
 this is the rescaling step of online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+The torch code is the definition. On CUDA the kernels of `attention/merge_kernels.py` do the same
+in one pass over memory, unless triton is not installed, a gradient is recorded or values are
+float64.
 """
 
 from __future__ import annotations

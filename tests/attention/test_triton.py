@@ -465,7 +465,9 @@ def compiled(kernel, pointers, constants, tiles, tmp_path, arch=90):
 
 
 def spilled(listing):
-    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)]
+    code = [
+        (int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)
+    ]
     jumps = [(at, re.search(r"\bBRA .*?0x([0-9a-f]+)", what)) for at, what in code]
     loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
     shares = []

@@ -134,6 +134,8 @@ def tiles_for(
     while _shared(found, width, size, bias_bytes) > shared_bytes:
         if found.stages > 2:
             found = found._replace(stages=found.stages - 1)
+        elif found.rows > found.keys:
+            found = found._replace(rows=found.rows // 2)
         elif found.keys > 16:
             found = found._replace(keys=found.keys // 2)
         else:

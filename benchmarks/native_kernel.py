@@ -107,7 +107,11 @@ def verify(case: Case) -> None:
     """Raises AssertionError unless the native kernel follows the numerics rule."""
     q, k, v = case.tensors(CHECKED_KEYS)
     how: dict[str, Any] = {"scale": 1 / math.sqrt(case.dim)}
-    found, same, exact = native.attend(q, k, v, **how), eager(q, k, v, **how), oracle(q, k, v, **how)
+    found, same, exact = (
+        native.attend(q, k, v, **how),
+        eager(q, k, v, **how),
+        oracle(q, k, v, **how),
+    )
     check(found.out, same.out, exact.out)
 
 
@@ -179,7 +183,9 @@ def machine() -> dict[str, Any]:
     text = info.read_text() if info.exists() else ""
 
     def field(name: str) -> str:
-        lines = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name))
+        lines = (
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)
+        )
         return next(lines, "")
 
     return {

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO, attend
-from headinfer.attention.masks import MaskRecipe
-from headinfer.attention.merge import add_sink, identity, merge_all, merge_into
-from headinfer.attention.types import Partial
+from headinfer.attention.api import AUTO, attend, grows_with_keys, spec_of
+from headinfer.attention.masks import Block, MaskRecipe
+from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
+from headinfer.attention.types import Partial, Window
 from headinfer.heads import Piece
 
 EXPAND_BYTES = 64 * 2**20
-"""Latent keys and values are expanded, and those attended with softcap copied, this much at once."""
+"""Latent keys and values are expanded, and those with softcap copied where no kernel fuses it, this much at once."""
 
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
@@ -74,7 +74,7 @@ class Total:
         self._impl = impl
         self._collect = collect
         self._parts: list[Partial] = []  # each over all rows
-        self._owned = False  # whether the only part may be merged into
+        self._owned = False  # whether the first part may be merged into
 
     @property
     def partial(self) -> Partial:
@@ -83,6 +83,8 @@ class Total:
             batch, heads, rows, _ = self._q.shape
             shape = (batch, heads, rows, self._query.value_dim)
             self._parts, self._owned = [identity(shape, device=self._q.device)], True
+        elif len(self._parts) == 2 and self._owned:
+            merge_into(self._parts[0], self._parts.pop())
         elif len(self._parts) > 1:
             self._parts, self._owned = [merge_all(self._parts)], True
         return self._parts[0]
@@ -93,8 +95,7 @@ class Total:
         for block in self._query.recipe.blocks(rows, keys):
             start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
             step = stop - start
-            copied = self._query.expand is not None or self._query.softcap is not None
-            if copied and not block.causal:
+            if not block.causal and (self._query.expand is not None or self._grows(piece, block)):
                 step = min(step, self._expand_tokens(piece))
             for first in range(start, stop, step):
                 last = min(first + step, stop)
@@ -102,7 +103,10 @@ class Total:
                 if bias is not None and step < stop - start:
                     bias = bias[..., first - start : last - start]
                 k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
-                self._add(block.rows, k, v, block.causal, bias)
+                window = block.window
+                if window is not None:
+                    window = window._replace(offset=window.offset - (first - start))
+                self._add(block.rows, k, v, block.causal, bias, window)
 
     def accept(self, partial: Partial) -> None:
         """Add what was found elsewhere, for all rows of these heads."""
@@ -123,10 +127,10 @@ class Total:
 
     def finish(self, out: Tensor) -> None:
         """Write the result into out [b, t, h, d]."""
-        total = self.partial
-        if self._query.sink is not None:
-            total = add_sink(total, self._query.sink[self._heads[0] : self._heads[1]])
-        out[:, :, self._heads[0] : self._heads[1]].copy_(total.out.transpose(1, 2))
+        parts, sink = self._parts or [self.partial], self._query.sink
+        if sink is not None:
+            sink = sink[self._heads[0] : self._heads[1]]
+        write_merged(parts, out[:, :, self._heads[0] : self._heads[1]].transpose(1, 2), sink=sink)
 
     def _padded(self, count: int) -> list[Partial]:
         """The parts, and identities up to `count`: cheaper than merging what is merged anyway."""
@@ -139,13 +143,21 @@ class Total:
         return [*self._parts, *([Partial(out, lse)] * missing)]
 
     def _add(
-        self, rows: tuple[int, int], k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
+        self,
+        rows: tuple[int, int],
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        window: Window | None,
     ) -> None:
         query = self._query
         if query.expand is not None:
             k, v = query.expand(k, v)
         if bias is not None and bias.shape[1] != 1:
             bias = bias[:, self._heads[0] : self._heads[1]]
+        if not self._collect and len(self._parts) > 1:
+            _ = self.partial  # before there is a third: no more than two are held
         part = attend(
             self._q[:, :, rows[0] : rows[1]],
             k,
@@ -154,17 +166,17 @@ class Total:
             causal=causal,
             bias=bias,
             softcap=query.softcap,
+            window=window,
             impl=self._impl,
         )
         self._merge(rows, part)
 
     def _merge(self, rows: tuple[int, int], part: Partial) -> None:
-        whole = rows == (0, self._q.shape[2])
-        if whole and (self._collect or not self._parts):
-            if len(self._parts) * part.out.nbytes > PENDING_BYTES:
+        if rows == (0, self._q.shape[2]):
+            if self._collect and len(self._parts) * part.out.nbytes > PENDING_BYTES:
                 self._parts = [self.partial]
+            # One more part waits, so that the last merge can be written where it is wanted.
             self._parts.append(part)
-            self._owned = False
             return
         total = self.partial
         if not self._owned:
@@ -172,6 +184,14 @@ class Total:
             self._parts, self._owned = [total], True
         here = slice(rows[0], rows[1])
         merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
+
+    def _grows(self, piece: Piece, block: Block) -> bool:
+        """Whether a softcap leaves these keys to an implementation whose memory they decide."""
+        if self._query.softcap is None:
+            return False
+        biased, windowed = block.bias is not None, block.window is not None
+        spec = spec_of(self._q, piece.k, piece.v, biased=biased, softcap=True, windowed=windowed)
+        return grows_with_keys(spec, self._impl)
 
     def _expand_tokens(self, piece: Piece) -> int:
         batch, heads, _, dim = self._q.shape

@@ -168,7 +168,9 @@ def test_memory_around_and_between_the_runs_is_not_touched(level, dtype):
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_is_not_finite_shows_where_it_shows_in_the_reference(level, dtype, where, what, masked):
+def test_what_is_not_finite_shows_where_it_shows_in_the_reference(
+    level, dtype, where, what, masked
+):
     q, k, v = make(dtype, s=1100, e=48)
     tensors = {"q": q, "k": k, "v": v}
     tensors[where][0, 1, 2, 5] = what

@@ -202,6 +202,10 @@ def dense() -> Callable[..., Tensor]:
                 found = block.bias
                 if found.dtype != torch.bool:
                     found = found > -torch.inf
+            if block.window is not None:
+                assert not block.causal
+                index = torch.arange(r1 - r0)[:, None], torch.arange(k1 - k0)
+                found = found & block.window.visible(*index)
             seen[:, :, *here] |= found
         assert not (count > 1).any()
         return seen

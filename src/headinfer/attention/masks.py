@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from headinfer.attention.types import Window
+
 MASK_ELEMENTS = 2**22
 """Largest bias a recipe makes at once, in elements: 4 MiB of booleans."""
 
@@ -24,13 +26,15 @@ class Block(NamedTuple):
     """Query rows [r0, r1) against keys [k0, k1).
 
     `causal` blocks are square: row r0 + i sees keys k0..k0 + i. `bias` is [b or 1, h or 1,
-    rows or 1, keys], boolean or additive; None means every row sees every key.
+    rows or 1, keys], boolean or additive; None means every row sees every key. `window`, counted
+    from r0 and k0, hides keys on top of that; never together with `causal`.
     """
 
     rows: tuple[int, int]
     keys: tuple[int, int]
     causal: bool = False
     bias: Tensor | None = None
+    window: Window | None = None
 
 
 class MaskRecipe(Protocol):
@@ -149,6 +153,55 @@ class PaddedCausal:
             yield Block(rows, (start, stop), bias=visible[:, None, None, start:stop])
 
 
+class Sliding:
+    """Row i sees keys offset + i - size < j <= offset + i, but for those that are padding.
+
+    Its blocks carry windows, not masks: for devices on which a fused kernel takes them.
+    """
+
+    def __init__(self, offset: int, size: int, padding: Padding | None = None) -> None:
+        self.offset = offset
+        self.size = size
+        self.padding = padding
+
+    def hides_past(self, rows: int, first: int = 0) -> bool:
+        """Whether some of the first `rows` rows no longer see key `first`."""
+        return self.offset + rows - 1 - self.size >= first
+
+    def blocks(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        padding = self.padding
+        if padding is None:
+            yield from self._visible(rows, keys)
+            return
+        start, stop = padding.hull
+        yield from self._visible(rows, (keys[0], min(keys[1], start)))
+        step = max(1, MASK_ELEMENTS // padding.visible.shape[0])
+        for first in range(max(keys[0], start), min(keys[1], stop), step):
+            last = min(first + step, stop, keys[1])
+            for block in self._windows(rows, (first, last)):
+                yield block._replace(bias=padding.visible[:, None, None, slice(*block.keys)])
+        yield from self._visible(rows, (max(keys[0], stop), keys[1]))
+
+    def _visible(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        if self.hides_past(rows[1], keys[0]):
+            yield from self._windows(rows, keys)
+        else:  # the window is no narrower than what there is: kernels without windows are faster
+            yield from Causal(self.offset).blocks(rows, keys)
+
+    def _windows(self, rows: tuple[int, int], keys: tuple[int, int]) -> Iterator[Block]:
+        """At most one block: the rows that see any of `keys`, and the keys that they see."""
+        offset, size = self.offset, self.size
+        first = max(rows[0], keys[0] - offset)
+        last = min(rows[1], keys[1] - offset + size - 1)
+        start = max(keys[0], offset + first - size + 1)
+        stop = min(keys[1], offset + last)
+        if first >= last or start >= stop:
+            return
+        sees_all = offset + first >= stop - 1 and offset + last - 1 - size < start
+        window = None if sees_all else Window(offset + first - start, size)
+        yield Block((first, last), (start, stop), window=window)
+
+
 class Given:
     """A mask somebody made in full: [b or 1, h or 1, t, s], boolean or additive."""
 
@@ -205,4 +258,4 @@ class Biased:
                 bias = bias.masked_fill(~block.bias, -torch.inf)
             elif block.bias is not None:
                 bias = bias + block.bias
-            yield Block(block.rows, block.keys, bias=bias)
+            yield Block(block.rows, block.keys, bias=bias, window=block.window)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headinfer.attention.types import AttentionSpec, Partial
+from headinfer.attention.types import AttentionSpec, Partial, Window
 
 SCORE_ELEMENTS = 2**24
 """Scores held at a time (64 MiB in float32)."""
@@ -34,15 +34,20 @@ class ReferenceAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         batch, heads, rows, _ = q.shape
         step = max(1, SCORE_ELEMENTS // max(batch * heads * k.shape[2], 1))
+        if window is not None:  # slices as long as the window see at most twice its keys
+            step = max(step, min(window.size, SCORE_ELEMENTS // (batch * heads * 2 * window.size)))
         parts = [
-            _rows(q, k, v, slice(start, min(start + step, rows)), scale, causal, bias, softcap)
+            _rows(
+                q, k, v, slice(start, min(start + step, rows)), scale, causal, bias, softcap, window
+            )
             for start in range(0, rows, step)
         ]
         if not parts:
-            return _rows(q, k, v, slice(0, 0), scale, causal, bias, softcap)
+            return _rows(q, k, v, slice(0, 0), scale, causal, bias, softcap, None)
         if len(parts) == 1:
             return parts[0]
         outs, lses = zip(*parts, strict=True)
@@ -58,9 +63,12 @@ def _rows(
     causal: bool,
     bias: Tensor | None,
     softcap: float | None,
+    window: Window | None,
 ) -> Partial:
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, _, dim = q.shape
+    if window is not None:
+        k, v, bias, window = _within(window, rows, k, v, bias)
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q[:, :, rows].to(dtype).reshape(batch, kv_heads, -1, dim)
     scores = (grouped @ k.to(dtype).transpose(-1, -2) * scale).view(batch, heads, -1, keys)
@@ -70,6 +78,12 @@ def _rows(
         index = torch.arange(q.shape[2], device=q.device)[rows]
         hidden = torch.arange(keys, device=q.device) > index[:, None]
         scores = scores.masked_fill(hidden, -torch.inf)
+    if window is not None:
+        seen = window.visible(
+            torch.arange(rows.start, rows.stop, device=q.device)[:, None],
+            torch.arange(keys, device=q.device),
+        )
+        scores = scores.masked_fill(~seen, -torch.inf)
     if bias is not None:
         block = bias if bias.shape[-2] == 1 else bias[..., rows, :]
         if block.dtype == torch.bool:
@@ -81,3 +95,18 @@ def _rows(
     weights = torch.softmax(scores, dim=-1).nan_to_num_(nan=0.0)
     out = weights.view(batch, kv_heads, -1, keys) @ v.to(dtype)
     return Partial(out.view(batch, heads, -1, v.shape[-1]), torch.logsumexp(scores, dim=-1))
+
+
+def _within(
+    window: Window, rows: slice, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Window]:
+    """The keys that some of `rows` see, and the window counted from the first of them."""
+    keys = k.shape[2]
+    start = min(max(0, window.offset + rows.start - window.size + 1), keys)
+    stop = min(max(start, window.offset + rows.stop), keys)
+    if start == stop:  # nothing is seen: one key, which the window hides, keeps the shapes
+        start = max(0, start - 1)
+        stop = start + 1
+    here = slice(start, stop)
+    bias = None if bias is None else bias[..., here]
+    return k[:, :, here], v[:, :, here], bias, Window(window.offset - start, window.size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headinfer.attention.types import AttentionSpec, Partial
+from headinfer.attention.types import AttentionSpec, Partial, Window
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -40,6 +40,7 @@ class CpuFlashAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         q, k, padded = _equal_dims(q, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -66,6 +67,7 @@ class FlashAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Partial:
             result = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -102,6 +104,7 @@ class CudnnAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Partial:
             result = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -139,6 +142,7 @@ class EfficientAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         q, k, v, value_dim = *_round_dims(q, k), *_rounded(v)
         additive = _additive(bias, q.dtype)
@@ -191,6 +195,8 @@ def _common(spec: AttentionSpec, device: str) -> list[str]:
         reasons.append(f"tensors are on {spec.device}; runs on {device}")
     if spec.softcap:
         reasons.append("softcap")
+    if spec.windowed:
+        reasons.append("a window")
     return reasons
 
 

@@ -23,6 +23,18 @@ class Partial(NamedTuple):
     lse: Tensor
 
 
+class Window(NamedTuple):
+    """Row i sees keys j with offset + i - size < j <= offset + i, both counted within the call."""
+
+    offset: int
+    size: int
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Which of `keys` each of `rows` sees, bool; both whole numbers that broadcast."""
+        last = rows + self.offset
+        return (keys <= last) & (keys > last - self.size)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """What a call needs, so that an implementation can say beforehand why it cannot."""
@@ -36,6 +48,8 @@ class AttentionSpec:
     causal: bool
     biased: bool
     softcap: bool
+    windowed: bool = False
+    gradient: bool = False
 
 
 class AttentionImpl(Protocol):
@@ -57,6 +71,7 @@ class AttentionImpl(Protocol):
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         """Attention of q [b, h * q_per_kv, t, d] over k [b, h, s, d], v [b, h, s, e], s >= 1.
 
@@ -66,5 +81,6 @@ class AttentionImpl(Protocol):
             bias: [b or 1, h * q_per_kv or 1, t or 1, s]: bool (True is visible) or added to the
                 scaled scores.
             softcap: scores x become softcap * tanh(x / softcap), before the bias.
+            window: keys outside it are hidden, whatever the bias; not together with causal.
         """
         ...

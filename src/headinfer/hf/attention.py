@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from headinfer.attention.masks import Biased, Causal, Everything, Given, MaskRecipe, PaddedCausal
+from headinfer.attention.masks import (
+    Biased,
+    Causal,
+    Everything,
+    Given,
+    MaskRecipe,
+    PaddedCausal,
+    Sliding,
+)
 from headinfer.errors import HandleError, UnsupportedAttention
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import register_mask
@@ -268,6 +276,10 @@ def _plain_mask(
             "passes ran on a sliding layer without a crop between them; update transformers"
         )
     recipe, rows, keys = mask.recipe, query.shape[2], key.shape[2]
+    if isinstance(recipe, Sliding):
+        if recipe.padding is not None or recipe.hides_past(rows):
+            return mask, False  # a fused kernel takes the window; a mask would be t x s
+        recipe = Causal(recipe.offset)
     if isinstance(recipe, Everything):
         return None, False
     if isinstance(recipe, Causal) and recipe.offset + rows == keys:

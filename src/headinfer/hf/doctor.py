@@ -230,17 +230,15 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def _calls() -> Iterator[tuple[str, AttentionSpec]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for label, tokens, causal, biased, softcap in (
-            ("prefill", 64, True, False, False),
-            ("decode", 1, False, False, False),
-            ("masked", 64, False, True, False),
-            ("softcap", 64, True, False, True),
+        for label, tokens, *features in (
+            ("prefill", 64, True, False, False, False),
+            ("decode", 1, False, False, False, False),
+            ("masked", 64, False, True, False, False),
+            ("softcap", 64, True, False, True, False),
+            ("window", 64, False, False, False, True),
         ):
             name = f"{label}, {str(dtype).removeprefix('torch.')}, {device}"
-            yield (
-                name,
-                AttentionSpec(device, dtype, 128, 128, 4, tokens, causal, biased, softcap),
-            )
+            yield name, AttentionSpec(device, dtype, 128, 128, 4, tokens, *features)
 
 
 def _chosen(spec: AttentionSpec) -> str:

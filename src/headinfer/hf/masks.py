@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
+    sliding_window_causal_mask_function,
 )
 
+from headinfer.attention.api import fuses_windows
 from headinfer.attention.masks import (
     MASK_ELEMENTS,
     Block,
@@ -31,6 +34,7 @@ from headinfer.attention.masks import (
     MaskRecipe,
     PaddedCausal,
     Padding,
+    Sliding,
 )
 from headinfer.errors import HandleError
 from headinfer.hf.handles import LazyMask
@@ -170,6 +174,8 @@ def headinfer_mask(
         recipe = Causal(offset) if padding is None else PaddedCausal(offset, padding)
     elif mask_function is bidirectional_mask_function and not use_vmap and padding is None:
         recipe = Everything()
+    elif local_size is not None and not use_vmap and _slides(mask_function, local_size, device):
+        recipe = Sliding(q_offset - kv_offset, local_size, padding)
     else:
         recipe = FunctionRecipe(pattern)
     return LazyMask(shape, device, recipe, lambda: pattern.block((0, q_length), (0, kv_length)))
@@ -177,6 +183,32 @@ def headinfer_mask(
 
 def _never() -> Tensor:
     raise StepRefused("model code reads a mask")
+
+
+def _slides(function: MaskFunction, size: int, device: torch.device) -> bool:
+    """Whether `function` is exactly a causal window of `size` and this device fuses windows.
+
+    Where gradients are recorded, blocks keep their masks: the fused kernel has no backward.
+    """
+    if torch.is_grad_enabled() or not fuses_windows(device):
+        return False
+    return _same(function, sliding_window_causal_mask_function(size))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, functions by their code and all that it closes over."""
+    if isinstance(a, FunctionType) and isinstance(b, FunctionType):
+        closed = [cell.cell_contents for cell in a.__closure__ or ()]
+        other = [cell.cell_contents for cell in b.__closure__ or ()]
+        return a is b or (
+            a.__code__ is b.__code__
+            and a.__defaults__ == b.__defaults__
+            and a.__kwdefaults__ == b.__kwdefaults__
+            and _same(closed, other)
+        )
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 def register_mask(name: str) -> None:

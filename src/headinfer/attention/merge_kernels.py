@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging of partials on CUDA: everything a row needs is read once and written once.
+
+The arithmetic of `attention/merge.py`, which decides when these run; importing this file imports
+triton. A row is one query token of one head; outputs may have any strides but a dense last axis.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headinfer.attention.types import Partial
+
+ELEMENTS = 4096
+"""Output elements a program merges at a time: 32 per thread."""
+
+STACKED = 32
+"""Stacked partials read at a time."""
+
+
+def merge_two(
+    a: Partial, b: Partial | None, *, out: Tensor, lse: Tensor | None, sink: Tensor | None = None
+) -> None:
+    """Write the merge of both, a [b, h, t, d], into out [b, h, t, d] and lse [b, h, t].
+
+    Args:
+        b: None writes `a` itself.
+        out: of any float type; may be `a.out`.
+        lse: without the sink; may be `a.lse`.
+        sink: [h] one more logit per head whose value is zero.
+    """
+    batch, heads, rows, width = a.out.shape
+    block = max(16, triton.next_power_of_2(width))
+    step = max(1, ELEMENTS // block)
+    count = batch * heads * rows
+    other = a if b is None else b
+    first, second = _dense(a.out), _dense(other.out)
+    align = _alignment(first, second, out)
+    with _on(out):
+        _merge_two[(triton.cdiv(count, step),)](
+            first,
+            second,
+            out,
+            a.lse,
+            other.lse,
+            lse,
+            sink,
+            *_steps(first, align),
+            *_steps(second, align),
+            *_steps(out, align),
+            *a.lse.stride(),
+            *other.lse.stride(),
+            *((0, 0, 0) if lse is None else lse.stride()),
+            heads,
+            rows,
+            count,
+            WIDTH=width,
+            BLOCK=block,
+            STEP=step,
+            ALIGN=align,
+            TWO=b is not None,
+            WRITE_LSE=lse is not None,
+            SINK=sink is not None,
+        )
+
+
+def merge_stacked(
+    outs: Tensor, lses: Tensor, *, out: Tensor, lse: Tensor | None, sink: Tensor | None = None
+) -> None:
+    """Write the merge of outs [n, b, h, t, d], lses [n, b, h, t], in their order, into out and lse
+    as `merge_two` does; for few rows and many partials."""
+    parts, batch, heads, rows, width = outs.shape
+    outs = _dense(outs)
+    align = _alignment(outs, out)
+    with _on(out):
+        _merge_stacked[(batch * heads * rows,)](
+            outs,
+            lses,
+            out,
+            lse,
+            sink,
+            *_steps(outs, align),
+            *lses.stride(),
+            *_steps(out, align),
+            *((0, 0, 0) if lse is None else lse.stride()),
+            parts,
+            heads,
+            rows,
+            WIDTH=width,
+            BLOCK=max(16, triton.next_power_of_2(width)),
+            PARTS=STACKED,
+            ALIGN=align,
+            WRITE_LSE=lse is not None,
+            SINK=sink is not None,
+        )
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """8 if that divides every stride but the last, so that rows are read in wide loads; else 1."""
+    return 8 if all(step % 8 == 0 for x in tensors for step in x.stride()[:-1]) else 1
+
+
+def _steps(x: Tensor, align: int) -> tuple[int, ...]:
+    return tuple(step // align for step in x.stride()[:-1])
+
+
+def _on(x: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(x)
+
+
+@triton.jit
+def _share(part, rest):
+    # exp(part) / (exp(part) + exp(rest)); of two rows that saw nothing none has a share.
+    larger = tl.maximum(part, rest)
+    larger = tl.where(larger == -float("inf"), 0.0, larger)
+    up, down = tl.exp(part - larger), tl.exp(rest - larger)
+    whole = up + down
+    return up / tl.where(whole == 0.0, 1.0, whole)
+
+
+@triton.jit
+def _log_sum(a, b):
+    larger = tl.maximum(a, b)
+    finite = tl.where(larger == -float("inf"), 0.0, larger)
+    whole = tl.exp(a - finite) + tl.exp(b - finite)
+    return tl.where(whole == 0.0, larger, finite + tl.log(tl.where(whole == 0.0, 1.0, whole)))
+
+
+_PLACES = [
+    f"{name}_{axis}" for name in ("a", "c", "o", "al", "cl", "ol") for axis in "bht"
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "count", *_PLACES])
+def _merge_two(
+    a, c, out, a_lse, c_lse, lse, sink,
+    a_b: tl.int64, a_h: tl.int64, a_t: tl.int64,
+    c_b: tl.int64, c_h: tl.int64, c_t: tl.int64,
+    o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
+    al_b: tl.int64, al_h: tl.int64, al_t: tl.int64,
+    cl_b: tl.int64, cl_h: tl.int64, cl_t: tl.int64,
+    ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
+    heads, rows, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
+    TWO: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    real = row < count
+    t, bh = row % rows, row // rows
+    h, b = bh % heads, bh // heads
+    d = tl.arange(0, BLOCK)
+    inside = real[:, None] & (d < WIDTH)[None, :]
+    x = tl.load(
+        a + (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
+    )
+    x = x.to(tl.float32)
+    x_lse = tl.load(a_lse + b * al_b + h * al_h + t * al_t, mask=real, other=0.0)
+    if TWO:
+        y = tl.load(
+            c + (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
+        )
+        y = y.to(tl.float32)
+        y_lse = tl.load(c_lse + b * cl_b + h * cl_h + t * cl_t, mask=real, other=0.0)
+        share, rest = _share(y_lse, x_lse)[:, None], _share(x_lse, y_lse)[:, None]
+        # From the nearer end, so that a share of 0 or 1 leaves that output's bits alone.
+        x = tl.where(share < 0.5, x + share * (y - x), y + rest * (x - y))
+        x_lse = _log_sum(x_lse, y_lse)
+    if WRITE_LSE:
+        tl.store(lse + b * ol_b + h * ol_h + t * ol_t, x_lse, mask=real)
+    if SINK:
+        logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)
+        x *= _share(x_lse, logit)[:, None]
+    place = out + (b * o_b + h * o_h + t * o_t)[:, None] * ALIGN + d[None, :]
+    tl.store(place, x.to(out.dtype.element_ty), mask=inside)
+
+
+_STACK = [
+    *(f"{name}_{axis}" for name in ("x", "xl") for axis in "nbht"),
+    *(f"{name}_{axis}" for name in ("o", "ol") for axis in "bht"),
+]
+
+
+@triton.jit(do_not_specialize=["parts", "heads", "rows", *_STACK])
+def _merge_stacked(
+    x, x_lse, out, lse, sink,
+    x_n: tl.int64, x_b: tl.int64, x_h: tl.int64, x_t: tl.int64,
+    xl_n: tl.int64, xl_b: tl.int64, xl_h: tl.int64, xl_t: tl.int64,
+    o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
+    ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
+    parts, heads, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t, bh = row % rows, row // rows
+    h, b = bh % heads, bh // heads
+    d, n = tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    x += (b * x_b + h * x_h + t * x_t) * ALIGN
+    x_lse += b * xl_b + h * xl_h + t * xl_t
+    top = tl.full([PARTS], -float("inf"), dtype=tl.float32)
+    for first in range(0, parts, PARTS):
+        here = first + n
+        top = tl.maximum(top, tl.load(x_lse + here * xl_n, mask=here < parts, other=-float("inf")))
+    largest = tl.max(top, 0)
+    safe = tl.where(largest == -float("inf"), 0.0, largest)
+    total = tl.zeros([PARTS], dtype=tl.float32)
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, parts, PARTS):
+        here = first + n
+        weight = tl.exp(tl.load(x_lse + here * xl_n, mask=here < parts, other=-float("inf")) - safe)
+        inside = (here < parts)[:, None] & (d < WIDTH)[None, :]
+        part = tl.load(x + (here * x_n)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0)
+        acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
+        total += weight
+    whole = tl.sum(total, 0)
+    found = acc / tl.where(whole == 0.0, 1.0, whole)
+    logarithm = tl.where(whole == 0.0, largest, safe + tl.log(tl.where(whole == 0.0, 1.0, whole)))
+    if WRITE_LSE:
+        tl.store(lse + b * ol_b + h * ol_h + t * ol_t, logarithm)
+    if SINK:
+        found *= _share(logarithm, tl.load(sink + h).to(tl.float32))
+    place = out + (b * o_b + h * o_h + t * o_t) * ALIGN + d
+    tl.store(place, found.to(out.dtype.element_ty), mask=d < WIDTH)

@@ -23,8 +23,10 @@ from headinfer.bench.rates import filled
 from headinfer.bench.results import Results, Row
 from headinfer.hf.peak import PeakMemory
 
-WARM_STEPS = 3
+WARM_STEPS = 5
 """Tokens decoded after a simulated context before the clock runs: the first ones fill the ring."""
+LONG_STEPS_S, FEW_STEPS = 15.0, 3
+"""Slow contestants are timed over fewer tokens: no more once both are reached."""
 
 
 @dataclass(slots=True)
@@ -77,10 +79,10 @@ def run(
 
 
 def warm_up(contestant: str, ground: Ground) -> None:
-    """One short run, so that no one is charged for libraries that are loaded at first use."""
-    most = ground.chunk_tokens + 64 if ground.device.type == "cuda" else 64
-    tokens = min(ground.tokens, most)
-    with torch.no_grad(), enter(contestant, replace(ground, tokens=tokens + 4)) as entry:
+    """A short run under the same plan, so that no one is charged for what happens at first use."""
+    most = 2 * ground.chunk_tokens + 64 if ground.device.type == "cuda" else 64
+    tokens = min(ground.tokens - 4, most)
+    with torch.no_grad(), enter(contestant, ground) as entry:
         _read(entry, _prompt(ground, tokens), Deadline())
         for _ in range(2):
             _token(entry)
@@ -177,7 +179,7 @@ def _read(entry: Entry, prompt: Tensor, deadline: Deadline) -> list[float]:
 
 
 def _steps(entry: Entry, count: int, deadline: Deadline) -> tuple[list[float], dict[str, float]]:
-    """Seconds of `count` tokens, and the bytes moved for one of them."""
+    """Seconds of `count` tokens or fewer slow ones, and the bytes moved for one of them."""
     found, before = [], entry.counted()
     for _ in range(count):
         deadline.check()
@@ -185,8 +187,10 @@ def _steps(entry: Entry, count: int, deadline: Deadline) -> tuple[list[float], d
         _token(entry)
         settle(entry.ground.device)
         found.append(time.perf_counter() - start)
+        if len(found) >= FEW_STEPS and sum(found) > LONG_STEPS_S:
+            break
     moved = _difference(before, entry.counted())
-    return found, {path: total / count for path, total in moved.items()}
+    return found, {path: total / len(found) for path, total in moved.items()}
 
 
 def _token(entry: Entry) -> None:

@@ -144,11 +144,14 @@ def _draw(plt: Any, results: Results, case: str, quantity: Quantity) -> Any:
                 _curve(axes, results, case, quantity, name, mine)
         _out_of_memory(axes, results, case)
         _axes(axes, results, case, quantity, points)
-        figure.subplots_adjust(left=0.09, right=0.985, top=0.9, bottom=0.35)
+        lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
+        figure.subplots_adjust(left=0.09, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
         axes.legend(
-            loc="upper center", bbox_to_anchor=(0.48, -0.15), ncols=2, frameon=False, fontsize=9
+            loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
         )
-        figure.text(0.01, 0.015, _caption(results, case), fontsize=7, color="#444444", wrap=True)
+        figure.text(
+            0.01, 0.015, _caption(results, case, quantity), fontsize=7, color="#444444", wrap=True
+        )
     return figure
 
 
@@ -162,23 +165,30 @@ def _curve(
 ) -> None:
     colour, marker, line = STYLES[name]
     lengths, values = zip(*points, strict=True)
-    axes.plot(
+    spread = None
+    if quantity.metric:
+        rows = [results.find(case, name, length, quantity.metric) for length in lengths]
+        # Bars reach from p20 to p80, which need not lie evenly around the median.
+        ends = [(row.p20, row.p80) if row else (None, None) for row in rows]
+        spread = [
+            [value - (low or value) for (low, _), value in zip(ends, values, strict=True)],
+            [(high or value) - value for (_, high), value in zip(ends, values, strict=True)],
+        ]
+    axes.errorbar(
         lengths,
         values,
+        yerr=spread,
         color=colour,
         marker=marker,
         linestyle=line,
         linewidth=1.8,
+        elinewidth=1.0,
+        capsize=3,
         markersize=6,
         markeredgecolor="#333333",
         markeredgewidth=0.5,
         label=CONTESTANTS[name].label,
     )
-    if quantity.metric:
-        rows = [results.find(case, name, length, quantity.metric) for length in lengths]
-        low = [row.p20 if row and row.p20 is not None else 0 for row in rows]
-        high = [row.p80 if row and row.p80 is not None else 0 for row in rows]
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _out_of_memory(axes: Any, results: Results, case: str) -> None:
@@ -233,18 +243,22 @@ def _axes(
     axes.set_title(quantity.title, loc="left", fontweight="bold", fontsize=11)
 
 
-def _caption(results: Results, case: str) -> str:
+def _caption(results: Results, case: str, quantity: Quantity) -> str:
     """The machine and the work, on two lines."""
     indices = [row.session for row in results.rows if row.case == case]
     session = results.sessions[indices[-1]] if indices and results.sessions else None
     known = CASES.get(case)
     parts = [case]
     if known is not None and known.shape:
-        parts.append(f"shape of {known.shape}, random weights, {known.dtype}, batch 1")
+        parts.append(f"{known.shape} shape, random weights, {known.dtype}, batch 1")
     if known is not None and known.cap:
         parts.append(f"capped at {known.cap} of GPU memory")
     if any(row.simulated for row in results.rows if row.case == case):
         parts.append("random keys and values as context")
     if not results.verified:
         parts.append("EXACTNESS NOT VERIFIED")
-    return "; ".join(parts) + f"\n{session or 'machine unknown'}; shaded: p20 to p80"
+    rows = [row for row, _, _ in _points(results, case, quantity)]
+    if any(row.disturbed for row in rows):
+        parts.append("DISTURBED BY OTHER PROCESSES")
+    bars = "; bars: p20 to p80" if quantity.metric and any(row.n > 1 for row in rows) else ""
+    return "; ".join(parts) + f"\n{session or 'machine unknown'}{bars}"

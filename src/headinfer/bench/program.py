@@ -99,14 +99,13 @@ def bench(request: Request, say: Say) -> Ended:
     return runs.all(cases)
 
 
-def verify_only(request: Request, say: Say) -> Results:
-    """The exactness checks alone, kept in the file when there is one to go on with."""
-    device = devices_here(request.device)[0]
-    results = _opened(request, say) if request.resume else Results()
-    results.checks = verify(device, say)
-    if request.resume:
-        write(results, request.out)
-    return results
+def verify_only(device: str | None, say: Say) -> Results:
+    """The exactness checks alone.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    return Results(checks=verify(devices_here(device), say))
 
 
 class _Runs:
@@ -124,7 +123,7 @@ class _Runs:
         self._deadline, self._say = deadline, say
         self._model: Any = None
         self._model_key: tuple[str, str, str] | None = None
-        self._warm: set[tuple[str, str]] = set()
+        self._warm: set[tuple[str, str | None, int]] = set()
         self._position = 0
 
     def all(self, cases: Sequence[Case]) -> Ended:
@@ -139,7 +138,7 @@ class _Runs:
         made = 0
         try:
             if not results.checks:
-                results.checks = verify(self._devices[0], self._say)
+                results.checks = verify(self._devices, self._say)
                 self._keep()
             for case, key in todo:
                 self._deadline.check()
@@ -229,10 +228,12 @@ class _Runs:
         if quick:
             case = replace(case, repeats=min(case.repeats, 2), steps=min(case.steps, 4))
         ground = self._ground(case, key)
-        if (key[1], case.shape) not in self._warm:
+        # Ours plan by length, so that another length may use other kernels for the first time.
+        warm = (key[1], case.cap, key[2] if CONTESTANTS[key[1]].ours else 0)
+        if warm not in self._warm:
             measure.warm_up(key[1], ground)
             clean(ground.device)
-            self._warm.add((key[1], case.shape))
+            self._warm.add(warm)
         return measure.run(case, key[1], key[2], ground, results, deadline)
 
     def _ground(self, case: Case, key: Key) -> Ground:
@@ -326,13 +327,26 @@ def _opened(request: Request, say: Say) -> Results:
                 f"{request.out} was measured on {earlier}; this is {session}. Figures of two "
                 "machines or versions do not stand in one file: name another with --out"
             )
-    if results.pending is not None:
-        say(f"the process ended during {' '.join(map(str, results.pending))}: not tried again")
-        note = "the process ended during this run"
-        results.put([Row(*results.pending, status=FAILED, note=note, session=0)])
-        results.pending = None
+    _after_a_death(results, say)
     results.sessions.append(session)
     return results
+
+
+def _after_a_death(results: Results, say: Say) -> None:
+    """A run that took its process with it is tried once more, and given up after that."""
+    key = results.pending
+    if key is None:
+        return
+    again = key not in results.ended
+    say(
+        f"a process ended during {' '.join(map(str, key))}: {'tried again' if again else 'left out'}"
+    )
+    if again:
+        results.ended.append(key)
+    else:
+        note = "two processes ended during this run"
+        results.put([Row(*key, status=FAILED, note=note, session=len(results.sessions) - 1)])
+    results.pending = None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -121,11 +121,11 @@ class Session:
         return (*machine, *sorted(self.versions.items()), self.commit)
 
     def __str__(self) -> str:
-        chip = self.machine.get("gpu") or self.machine.get("cpu") or "unknown machine"
+        chips = [self.machine[kind] for kind in ("gpu", "cpu") if self.machine.get(kind)]
         threads = self.machine.get("cpu_threads")
         torch = self.versions.get("torch", "?").split("+")[0]
         return (
-            f"{chip}, {threads} CPU threads, torch {torch}, transformers "
+            f"{', '.join(chips)}, {threads} CPU threads, torch {torch}, transformers "
             f"{self.versions.get('transformers', '?')}, headinfer "
             f"{self.versions.get('headinfer', '?')} ({self.commit or 'commit unknown'}), "
             f"{self.started[:10]}"
@@ -154,12 +154,14 @@ class Results:
 
     Attributes:
         pending: the run that was started and not ended.
+        ended: runs during which a process has ended once; they are tried once more.
     """
 
     sessions: list[Session] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     pending: Key | None = None
+    ended: list[Key] = field(default_factory=list)
 
     @property
     def verified(self) -> bool:
@@ -175,7 +177,7 @@ class Results:
 
     def done(self) -> set[Key]:
         """Runs that need not be repeated."""
-        return {row.key for row in self.rows if row.status != NOT_AVAILABLE}
+        return {row.key for row in self.rows}
 
     def find(self, case: str, contestant: str, context: int, metric: str) -> Row | None:
         """The latest measured row of that name."""
@@ -236,7 +238,8 @@ def read(path: Path) -> Results:
             sessions=[_record(Session, each) for each in document["sessions"]],
             checks=[_record(Check, each) for each in document["checks"]],
             rows=[_row(each) for each in document["rows"]],
-            pending=None if pending is None else (pending[0], pending[1], int(pending[2])),
+            pending=None if pending is None else _key(pending),
+            ended=[_key(each) for each in document["ended"]],
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path} is not complete ({error}); measure again") from error
@@ -259,6 +262,11 @@ def _record(kind: type[_Record], given: Mapping[str, Any]) -> _Record:
     if unknown := sorted(set(given) - names):
         raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}")
     return kind(**given)
+
+
+def _key(given: Sequence[Any]) -> Key:
+    case, contestant, context = given
+    return str(case), str(contestant), int(context)
 
 
 def _row(given: Mapping[str, Any]) -> Row:

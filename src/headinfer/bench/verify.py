@@ -8,7 +8,8 @@ implementation against float64 attention. What fails withholds every speed-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,6 @@ from headinfer.bench.contestants import Ground, NotAvailable, clean, enter
 from headinfer.bench.models import build
 from headinfer.bench.results import Check
 from headinfer.bench.shapes import SHAPES, Shape
-from headinfer.errors import HeadInferError
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_TOKENS = 323, 6, 64
 SMALL = {"tile_bytes": 16384, "chunk_tokens": CHUNK_TOKENS}
@@ -38,14 +38,16 @@ GATING_PEERS = ("schedule",)
 Say = Callable[[str], None]
 
 
-def verify(device: str, say: Say = lambda line: None) -> list[Check]:
-    """Every check of `device`, in order; `say` hears of each."""
+def verify(devices: Sequence[str], say: Say = lambda line: None) -> list[Check]:
+    """Every check on each of `devices`, in order; `say` hears of each."""
     found = []
-    for check in chain(_attention_checks(device), _model_checks(device)):
+    checks = (kind(device) for device in devices for kind in (_attention_checks, _model_checks))
+    for check in chain.from_iterable(checks):
         state = "ok" if check.ok else "FAILED" if check.gates else "differs"
         say(f"{state}: {check.name}" + (f" ({check.note})" if check.note else ""))
         found.append(check)
-    clean(torch.device(device))
+    for device in devices:
+        clean(torch.device(device))
     return found
 
 
@@ -73,15 +75,17 @@ def _contestants_against_resident(shape: Shape, dtype: str, device: str) -> Iter
         for name, contestant in CONTESTANTS.items():
             if name == "resident":
                 continue
-            title = f"{contestant.label} against the resident cache, {shape.name}, {dtype}"
+            title = (
+                f"{contestant.label} against the resident cache, {shape.name}, {dtype}, {device}"
+            )
             gates = contestant.ours or name in GATING_PEERS
             try:
                 with enter(name, ground(name)) as entry:
                     found, told = _answer(model, prompt, entry.cache, entry.chunk_tokens, text)
             except NotAvailable:
                 continue
-            except HeadInferError as error:
-                yield Check(title, False, None, None, f"refused: {error}", gates)
+            except Exception as error:  # noqa: BLE001  a check that cannot run has failed
+                yield Check(title, False, None, None, f"{type(error).__name__}: {error}", gates)
                 continue
             holds, off, bound = within_rule(found, resident, exact)
             equal = dtype != "float32" or torch.equal(told, text)
@@ -119,17 +123,21 @@ def _exact_logits(shape: Shape, dtype: str, device: str, text: Tensor) -> Tensor
 
 
 def _attention_checks(device: str) -> Iterator[Check]:
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for name, run in IMPLEMENTATIONS.items():
-        for dtype in dtypes:
-            worst = _worst(run, device, dtype)
-            if worst is not None:
-                title = f"attention {name!r} against float64, {_name(dtype)}, {device}"
-                yield Check(title, worst[0] <= worst[1], _finite(worst[0]), worst[1])
-    for dtype in dtypes:
-        off, bound = _baseline_error(device, dtype)
-        title = f"attention of the baseline against float64, {_name(dtype)}, {device}"
-        yield Check(title, off <= bound, _finite(off), bound)
+    runs: dict[str, Callable[[torch.dtype], tuple[float, float] | None]] = {
+        f"attention {name!r}": partial(_worst, run, device) for name, run in IMPLEMENTATIONS.items()
+    }
+    runs["attention of the baseline"] = partial(_baseline_error, device)
+    for name, run in runs.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            title = f"{name} against float64, {str(dtype).removeprefix('torch.')}, {device}"
+            try:
+                found = run(dtype)
+            except Exception as error:  # noqa: BLE001  a check that cannot run has failed
+                yield Check(title, False, None, None, f"{type(error).__name__}: {error}")
+                continue
+            if found is not None:
+                off, bound = found
+                yield Check(title, off <= bound, _finite(off), bound)
 
 
 def _worst(run: Any, device: str, dtype: torch.dtype) -> tuple[float, float] | None:
@@ -188,10 +196,6 @@ def _random(
         for h, t in ((heads, new), (kv_heads, keys), (kv_heads, keys))
     )
     return q, k, v
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _finite(value: float) -> float | None:

@@ -80,15 +80,17 @@ def plot(results: Results, folder: Path) -> list[Path]:
     plt = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    for case, quantity in _figures(results):
-        figure = _draw(plt, results, case, quantity)
-        for kind in ("png", "svg"):
-            path = folder / f"{case}-{quantity.name}.{kind}"
-            # Without dates and versions of the program the bytes depend on the figures alone.
-            metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-            figure.savefig(path, metadata=metadata)
-            written.append(path)
-        plt.close(figure)
+    settings = {"svg.hashsalt": "headinfer", "font.size": 10, "svg.fonttype": "path"}
+    with plt.rc_context({**plt.rcParamsDefault, **settings, "backend": "Agg"}):
+        for case, quantity in _figures(results):
+            figure = _draw(plt, results, case, quantity)
+            for kind in ("png", "svg"):
+                path = folder / f"{case}-{quantity.name}.{kind}"
+                # Without dates and programs the bytes depend on the figures alone.
+                metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+                figure.savefig(path, metadata=metadata)
+                written.append(path)
+            plt.close(figure)
     if not written:
         raise InputError(
             "nothing to plot: a curve needs a prefill or decode case measured at two lengths; run "
@@ -132,26 +134,21 @@ def _points(results: Results, case: str, quantity: Quantity) -> Iterator[tuple[R
 
 
 def _draw(plt: Any, results: Results, case: str, quantity: Quantity) -> Any:
-    settings = {"svg.hashsalt": "headinfer", "font.size": 10, "svg.fonttype": "path"}
-    with plt.rc_context({**plt.rcParamsDefault, **settings, "backend": "Agg"}):
-        figure, axes = plt.subplots(figsize=(7.6, 4.9), dpi=150)
-        points = list(_points(results, case, quantity))
-        for name in STYLES:
-            mine = sorted(
-                (length, value) for row, length, value in points if row.contestant == name
-            )
-            if mine:
-                _curve(axes, results, case, quantity, name, mine)
-        _out_of_memory(axes, results, case)
-        _axes(axes, results, case, quantity, points)
-        lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
-        figure.subplots_adjust(left=0.09, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
-        )
-        figure.text(
-            0.01, 0.015, _caption(results, case, quantity), fontsize=7, color="#444444", wrap=True
-        )
+    figure, axes = plt.subplots(figsize=(7.6, 4.9), dpi=150)
+    points = list(_points(results, case, quantity))
+    for name in STYLES:
+        mine = sorted((length, value) for row, length, value in points if row.contestant == name)
+        if mine:
+            _curve(axes, results, case, quantity, name, mine)
+    _out_of_memory(axes, results, case)
+    _axes(axes, results, case, quantity, points)
+    lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
+    figure.subplots_adjust(left=0.09, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
+    )
+    caption = _caption(results, case, quantity)
+    figure.text(0.01, 0.015, caption, fontsize=7, color="#444444", wrap=True)
     return figure
 
 

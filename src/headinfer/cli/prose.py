@@ -82,7 +82,7 @@ BENCH = _help(
     "two floors, bytes over measured bandwidth and FLOPs over measured rate. Results are written "
     "after every run.",
     "Without options: on a GPU the cases behind the project's bounds (about 15 minutes), on a CPU "
-    "small ones (about 3 minutes).",
+    "small ones (about 3 minutes). Exit status 3: --max-seconds ended it, and --resume goes on.",
     examples=(
         "headinfer bench --list",
         "headinfer bench --out results.json",

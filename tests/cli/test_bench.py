@@ -105,6 +105,16 @@ def test_a_real_run_leaves_a_file_that_can_be_shown(
     assert shown.out == result.out
 
 
+def test_tables_for_a_page_are_markdown(headinfer: Program, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write(some_results(), path)
+    lines = headinfer("bench", "show", str(path), "--markdown").out.splitlines()
+    assert "| smollm2-cpu | 8K | planned | token | 200 ms |  |  |  |" in lines
+    widths = {line.count(" | ") for line in lines if line.startswith("| ")}
+    assert widths == {5, 7}
+    assert any("| 2.00x |" in line and "| holds |" in line for line in lines)
+
+
 def test_verify_fails_when_a_check_does(
     headinfer: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

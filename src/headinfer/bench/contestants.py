@@ -186,7 +186,8 @@ def enter(name: str, ground: Ground) -> Iterator[Entry]:
                 try:
                     yield own
                 finally:
-                    own.cache.close()
+                    if own.cache is not None:  # its successor may not have come to be
+                        own.cache.close()
     finally:
         model.set_attn_implementation("sdpa")
 

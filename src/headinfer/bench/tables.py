@@ -32,6 +32,32 @@ def report(results: Results) -> RenderableType:
     return Group(*parts)
 
 
+def markdown(results: Results) -> str:
+    """The bounds and every time, as tables for a page."""
+    lines = [*_heading(results).plain.splitlines(), ""]
+    header = ("what", "bound", "measured", "peers here", "peers, H100 of the bounds", "")
+    cells = [(v.what, v.bound, v.measured, v.peer_here, v.peer, v.state) for v in judge(results)]
+    lines += [*_markdown_table(header, cells), ""]
+    times = [
+        (row.case, format_tokens(row.context_tokens), row.contestant + _mark(row), row.metric,
+         _figure(row, row.median), _percent(row.achieved_bytes), _percent(row.achieved_flops),
+         _against(row, "gpu_peak_bytes"))
+        for row in sorted(results.rows, key=lambda row: (row.case, _order(row)))
+        if row.unit == "s" and row.metric in COMPARED and row.median is not None
+    ]  # fmt: skip
+    header = ("case", "context", "contestant", "metric", "median", "of bytes floor",
+              "of FLOPs floor", "GPU peak (predicted)")  # fmt: skip
+    lines += [*_markdown_table(header, times), "", *_footnotes(results).splitlines()]
+    return "\n".join(lines)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{' --- |' * len(header)}"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
 def _heading(results: Results) -> Text:
     lines = list(dict.fromkeys(str(session) for session in results.sessions))
     return Text("\n".join(lines) or "no session")

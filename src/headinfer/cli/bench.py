@@ -177,12 +177,21 @@ def verify(device: BenchDevice = None) -> None:
 
 
 @app.command(help=prose.BENCH_SHOW)
-def show(results: ResultFile) -> None:
+def show(
+    results: ResultFile,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Bounds and times as tables for a page.")
+    ] = False,
+) -> None:
     """Tables of a file."""
     from headinfer.bench.results import read
-    from headinfer.bench.tables import report
+    from headinfer.bench.tables import markdown, report
 
-    _show(report(read(results)))
+    found = read(results)
+    if as_markdown:
+        typer.echo(markdown(found))
+    else:
+        _show(report(found))
 
 
 @app.command(help=prose.BENCH_PLOT)

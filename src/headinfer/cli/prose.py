@@ -103,7 +103,7 @@ BENCH_VERIFY = _help(
 BENCH_SHOW = _help(
     "Print the tables of a file of results, with the bounds it holds and misses.",
     "Works without a GPU and without torch.",
-    examples=("headinfer bench show results.json",),
+    examples=("headinfer bench show results.json", "headinfer bench show results.json --markdown"),
 )
 
 BENCH_PLOT = _help(

@@ -45,9 +45,9 @@ def markdown(results: Results) -> str:
         for row in sorted(results.rows, key=lambda row: (row.case, _order(row)))
         if row.unit == "s" and row.metric in COMPARED and row.median is not None
     ]  # fmt: skip
-    header = ("case", "context", "contestant", "metric", "median", "of bytes floor",
+    columns = ("case", "context", "contestant", "metric", "median", "of bytes floor",
               "of FLOPs floor", "GPU peak (predicted)")  # fmt: skip
-    lines += [*_markdown_table(header, times), "", *_footnotes(results).splitlines()]
+    lines += [*_markdown_table(columns, times), "", *_footnotes(results).splitlines()]
     return "\n".join(lines)
 
 

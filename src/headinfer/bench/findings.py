@@ -24,11 +24,13 @@ class Finding:
         value: the figure to hold against the bound; None where a row is missing.
         text: the figure with its unit, or why there is none.
         peer: what a peer took in the same file; empty where none was measured.
+        rows: those it was read from.
     """
 
     value: float | None
     text: str
     peer: str = ""
+    rows: tuple[Row, ...] = ()
 
 
 def time(
@@ -42,7 +44,8 @@ def time(
             if row is not None and row.median is not None:
                 who = "" if name == contestants[0] else f" ({CONTESTANTS[name].label})"
                 text = f"{seconds(row.median)}{who}"
-                return Finding(row.median, text, _peers(results, case, context, metric))
+                peers = _peers(results, case, context, metric)
+                return Finding(row.median, text, peers, (row,))
         return Finding(None, _missing(results, case, contestants[0], context))
 
     return find
@@ -60,24 +63,25 @@ def speedup(case: str, ours: str, peer: str, context: int, metric: str) -> Calla
             return Finding(None, "no time")
         value = theirs.median / mine.median
         text = f"{value:.2f}x{_apart(mine, theirs)}"
-        return Finding(value, text, f"{seconds(theirs.median)} against {seconds(mine.median)}")
+        took = f"{seconds(theirs.median)} against {seconds(mine.median)}"
+        return Finding(value, text, took, (mine, theirs))
 
     return find
 
 
 def first_token(results: Results) -> Finding:
     """The worst of ours: first token after a prefill over a steady one."""
-    found: list[tuple[float, str]] = []
+    found: list[tuple[float, Row]] = []
     for row in _ours(results, "prefill-8b", "first token"):
         steady = results.value(row.case, row.contestant, row.context_tokens, "token")
         if steady and row.median:
-            where = f"{row.contestant}, {format_tokens(row.context_tokens)}"
-            found.append((row.median / steady, where))
+            found.append((row.median / steady, row))
     if not found:
         return Finding(None, _missing(results, "prefill-8b", "planned", LONG))
-    value, where = max(found)
+    value, worst = max(found, key=lambda each: each[0])
+    where = f"{worst.contestant}, {format_tokens(worst.context_tokens)}"
     peer = _peers(results, "prefill-8b", LONG, "first token")
-    return Finding(value, f"{value:.2f}x at worst ({where})", peer)
+    return Finding(value, f"{value:.2f}x at worst ({where})", peer, (worst,))
 
 
 def link_floor(results: Results) -> Finding:
@@ -89,7 +93,7 @@ def link_floor(results: Results) -> Finding:
             continue
         value = row.held["kv_bytes"] / rate / row.median
         who = "" if name == OURS_ALONE[0] else f" ({CONTESTANTS[name].label})"
-        return Finding(value, f"{value:.2f}x faster{who}")
+        return Finding(value, f"{value:.2f}x faster{who}", rows=(row,))
     if rate is None:
         return Finding(None, _missing(results, "rates", "machine", 0))
     return Finding(None, _missing(results, "decode-8b", OURS_ALONE[0], LONG))
@@ -102,7 +106,8 @@ def streaming_rate(results: Results) -> Finding:
     if row is None or not row.median or "h2d" not in row.moved_bytes:
         return Finding(None, _missing(results, "decode-8b", "streaming", LONG))
     achieved = row.moved_bytes["h2d"] / row.median
-    return Finding(achieved / rate, f"{achieved / rate:.1%} of {rate / 1e9:.1f} GB/s")
+    text = f"{achieved / rate:.1%} of {rate / 1e9:.1f} GB/s"
+    return Finding(achieved / rate, text, rows=(row,))
 
 
 def chunk_attention(results: Results) -> Finding:
@@ -115,7 +120,7 @@ def chunk_attention(results: Results) -> Finding:
         absent = "streaming" if streamed is None else "all-resident"
         return Finding(None, _missing(results, "attention-8b", absent, context))
     value = there.median / streamed.median
-    return Finding(value, f"{value:.1%}{_apart(streamed, there)}")
+    return Finding(value, f"{value:.1%}{_apart(streamed, there)}", rows=(streamed, there))
 
 
 def staging(results: Results) -> Finding:
@@ -169,7 +174,8 @@ def native(results: Results) -> Finding:
     if not ours:
         return Finding(None, "no kernel of our own in this version", peer)
     mine, name = min((median, name) for name, median in ours.items())
-    return Finding(best / mine, f"{best / mine:.2f}x ({name} {seconds(mine)})", peer)
+    text = f"{best / mine:.2f}x ({name} {seconds(mine)})"
+    return Finding(best / mine, text, peer, tuple(rows))
 
 
 def pinning(results: Results) -> Finding:
@@ -180,7 +186,8 @@ def pinning(results: Results) -> Finding:
     if ours is None or torchs is None or not ours.median or not torchs.median:
         return Finding(None, _missing(results, "pinning", "headinfer arena", 0))
     value = torchs.median / ours.median
-    return Finding(value, f"{value:.1f}x", f"{torchs.median:.2f} against {ours.median:.2f} s/GiB")
+    took = f"{torchs.median:.2f} against {ours.median:.2f} s/GiB"
+    return Finding(value, f"{value:.1f}x", took, (ours, torchs))
 
 
 def _ours(results: Results, case: str, metric: str) -> list[Row]:
@@ -214,11 +221,7 @@ def _missing(results: Results, case: str, contestant: str, context: int) -> str:
 
 
 def _apart(one: Row, other: Row) -> str:
-    """What weakens a comparison of the two."""
-    notes = [] if one.session == other.session else ["two processes"]
-    if one.disturbed or other.disturbed:
-        notes.append("disturbed by other processes")
-    return f" ({', '.join(notes)})" if notes else ""
+    return "" if one.session == other.session else " (two processes)"
 
 
 def seconds(value: float) -> str:

@@ -29,6 +29,8 @@ from headinfer.bench.findings import (
 from headinfer.bench.results import Results
 
 HOLDS, MISSES, UNKNOWN = "holds", "misses", "not measured"
+DISTURBED = ", disturbed"
+"""Added where other processes kept the CPUs busy: neither state is to be relied on then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ def _judge(bound: Bound, results: Results) -> Verdict:
     if found.value is not None:
         fine = found.value >= bound.limit if bound.at_least else found.value <= bound.limit
         state = HOLDS if fine else MISSES
+        if any(row.disturbed for row in found.rows):
+            state += DISTURBED
     return Verdict(bound.what, bound.shown, found.text, bound.peer, found.peer, state)
 
 

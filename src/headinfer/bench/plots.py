@@ -143,7 +143,7 @@ def _draw(plt: Any, results: Results, case: str, quantity: Quantity) -> Any:
     _out_of_memory(axes, results, case)
     _axes(axes, results, case, quantity, points)
     lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
-    figure.subplots_adjust(left=0.09, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
+    figure.subplots_adjust(left=0.105, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
     )
@@ -220,6 +220,8 @@ def _axes(
     quantity: Quantity,
     points: list[tuple[Row, int, float]],
 ) -> None:
+    from matplotlib import ticker
+
     ticks = sorted({row.context_tokens for row in results.rows if row.case == case})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [format_tokens(tick) for tick in ticks])
@@ -230,6 +232,7 @@ def _axes(
     # Curves of two decades would lie on each other at a linear scale; memory is compared by length.
     if quantity.metric and min(values) > 0 and max(values) / min(values) > 4:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, place: "")
     else:

@@ -370,7 +370,7 @@ def test_a_level_this_cpu_does_not_run_is_refused_and_the_others_are_named(monke
         native.attend(q, k, v, scale=1.0, level="abacus")
     real = native.levels()
     monkeypatch.setattr(native, "levels", lambda: {"slide-rule": False, **real})
-    with pytest.raises(InputError, match="does not have its instructions.*portable"):
+    with pytest.raises(InputError, match=r"does not have its instructions.*portable"):
         native.attend(q, k, v, scale=1.0, level="slide-rule")
     monkeypatch.setenv(native.LEVEL_VARIABLE, "slide-rule")
     with pytest.raises(InputError, match="HEADINFER_NATIVE_LEVEL='slide-rule' cannot be used"):

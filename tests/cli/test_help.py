@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "cli_help.txt"
-COMMANDS = ("demo", "run", "plan", "doctor")
+COMMANDS = ("demo", "run", "plan", "doctor", "bench")
 
 Program = Any
 
@@ -42,6 +42,14 @@ def test_every_command_has_help_with_examples(headinfer: Program, command: str) 
     assert "Examples" in result.out
 
 
+@pytest.mark.parametrize("command", ["verify", "show", "plot"])
+def test_what_belongs_to_bench_has_help_too(headinfer: Program, command: str) -> None:
+    result = headinfer("bench", command, "--help")
+    assert result.status == 0
+    assert f"headinfer bench {command}" in result.out
+    assert "Examples" in result.out
+
+
 def test_every_option_is_explained() -> None:
     import typer.main
 
@@ -50,7 +58,8 @@ def test_every_option_is_explained() -> None:
     root: Any = typer.main.get_command(app)
     silent = [
         f"{name} {option.opts[0]}"
-        for name, command in root.commands.items()
+        for name, group in root.commands.items()
+        for command in (group, *getattr(group, "commands", {}).values())
         for option in command.params
         if not option.help
     ]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headinfer.attention.types import AttentionSpec, Partial
+from headinfer.attention.types import AttentionSpec, Partial, Window
 from headinfer.errors import InputError
 
 LIBRARY = Path("lib", "libheadinfer_native.so")
@@ -51,6 +51,10 @@ class NativeAttention:
         else:
             absent = why_absent()
             reasons += [absent] if absent else []
+        if spec.windowed:
+            reasons.append("a window")
+        if spec.gradient:
+            reasons.append("a gradient")
         if spec.dtype not in _TYPES:
             reasons.append(f"type {spec.dtype}; runs float32, float16, bfloat16")
         if max(spec.key_dim, spec.value_dim) > MAX_DIM:
@@ -73,6 +77,7 @@ class NativeAttention:
         causal: bool = False,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        window: Window | None = None,
     ) -> Partial:
         return attend(q, k, v, scale=scale, causal=causal, bias=bias, softcap=softcap)
 

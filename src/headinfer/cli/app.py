@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import headinfer
+from headinfer.cli import bench as benchmarks
 from headinfer.cli import demo as story
 from headinfer.cli import options as opt
 from headinfer.cli import prose
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(benchmarks.app, name="bench")
 
 
 def main() -> None:

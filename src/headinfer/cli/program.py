@@ -99,5 +99,5 @@ def _line(error: Exception) -> str:
 
 def _usage_line(error: Any) -> str:
     context = error.ctx
-    where = f" (headinfer {context.info_name} --help)" if context and context.parent else ""
+    where = f" ({context.command_path} --help)" if context and context.parent else ""
     return " ".join(str(error.format_message()).split()) + (where or " (headinfer --help)")

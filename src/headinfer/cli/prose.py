@@ -77,3 +77,40 @@ DOCTOR = _help(
         "headinfer doctor MODEL --dtype float32",
     ),
 )
+
+BENCH = _help(
+    "Measure speed and memory beside other ways to hold a cache, on this machine.",
+    "Every contestant does the same work in one process, in shuffled order, with random weights. "
+    "Exactness is checked first: speed-ups are printed only if it holds. Every figure stands beside "
+    "two floors, bytes over measured bandwidth and FLOPs over measured rate. Results are written "
+    "after every run.",
+    "Without options: on a GPU the cases behind the project's bounds (about 15 minutes), on a CPU "
+    "small ones (about 3 minutes). Exit status 3: --max-seconds ended it, and --resume goes on.",
+    examples=(
+        "headinfer bench --list",
+        "headinfer bench --out results.json",
+        "headinfer bench --out results.json --resume --max-seconds 500",
+        "headinfer bench --case 'decode-*' --contestant planned --contexts 32K,128K",
+        "headinfer bench show results.json",
+    ),
+)
+
+BENCH_VERIFY = _help(
+    "Check that every way of working gives the answer of the resident cache, on this device.",
+    "Tiny models in every mode: greedy tokens equal in float32, logits within the 2x rule of "
+    "docs/numerics.md; and every attention implementation against float64. Exit status 1 if "
+    "something fails.",
+    examples=("headinfer bench verify", "headinfer bench verify --device cpu"),
+)
+
+BENCH_SHOW = _help(
+    "Print the tables of a file of results, with the bounds it holds and misses.",
+    "Works without a GPU and without torch.",
+    examples=("headinfer bench show results.json", "headinfer bench show results.json --markdown"),
+)
+
+BENCH_PLOT = _help(
+    "Draw time per token, time of a prefill and peak memory over the context, as PNG and SVG.",
+    "Needs matplotlib (the extra headinfer\\[bench]) and no torch.",
+    examples=("headinfer bench plot results.json --out plots",),
+)

@@ -54,6 +54,8 @@ class TritonAttention:
             reasons.append(f"tensors are on {spec.device}; runs on cuda")
         elif not available():
             reasons.append("triton is not installed")
+        elif not torch.cuda.is_available():
+            reasons.append("torch sees no CUDA device")
         elif torch.cuda.get_device_capability() < (8, 0):
             reasons.append("the GPU is older than compute capability 8.0")
         if spec.dtype not in TYPES:

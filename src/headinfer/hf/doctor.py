@@ -237,6 +237,8 @@ def _calls() -> Iterator[tuple[str, AttentionSpec]]:
             ("softcap", 64, True, False, True, False),
             ("window", 64, False, False, False, True),
         ):
+            if label == "window" and device == "cpu":
+                continue  # windows become masks there
             name = f"{label}, {str(dtype).removeprefix('torch.')}, {device}"
             yield name, AttentionSpec(device, dtype, 128, 128, 4, tokens, *features)
 

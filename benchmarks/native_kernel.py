@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -107,7 +108,11 @@ def verify(case: Case) -> None:
     """Raises AssertionError unless the native kernel follows the numerics rule."""
     q, k, v = case.tensors(CHECKED_KEYS)
     how: dict[str, Any] = {"scale": 1 / math.sqrt(case.dim)}
-    found, same, exact = native.attend(q, k, v, **how), eager(q, k, v, **how), oracle(q, k, v, **how)
+    found, same, exact = (
+        native.attend(q, k, v, **how),
+        eager(q, k, v, **how),
+        oracle(q, k, v, **how),
+    )
     check(found.out, same.out, exact.out)
 
 
@@ -179,7 +184,9 @@ def machine() -> dict[str, Any]:
     text = info.read_text() if info.exists() else ""
 
     def field(name: str) -> str:
-        lines = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name))
+        lines = (
+            line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(name)
+        )
         return next(lines, "")
 
     return {
@@ -212,7 +219,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     memory = torch.ones(READ_BYTES, dtype=torch.uint8)
-    rates = [read_rate(memory)]
+    rates, loads = [read_rate(memory)], [os.getloadavg()[0]]
     print(f"{machine()}\nmemory read: {rates[0] / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -221,6 +228,7 @@ def main() -> None:
         show(case, found)
         rows += found
     rates.append(read_rate(memory))
+    loads.append(os.getloadavg()[0])
     print(f"\nmemory read afterwards: {rates[1] / 1e9:.1f} GB/s")
     if max(rates) > MACHINE_CHANGES * min(rates):
         raise SystemExit("the machine changed while this ran: run it again when others are quiet")
@@ -229,6 +237,7 @@ def main() -> None:
             "command": "python benchmarks/native_kernel.py",
             "machine": machine(),
             "rounds": options.rounds,
+            "load_average": loads,
             "read_gb_per_s": [rate / 1e9 for rate in rates],
             "rows": rows,
         }

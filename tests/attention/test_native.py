@@ -168,7 +168,9 @@ def test_memory_around_and_between_the_runs_is_not_touched(level, dtype):
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_is_not_finite_shows_where_it_shows_in_the_reference(level, dtype, where, what, masked):
+def test_what_is_not_finite_shows_where_it_shows_in_the_reference(
+    level, dtype, where, what, masked
+):
     q, k, v = make(dtype, s=1100, e=48)
     tensors = {"q": q, "k": k, "v": v}
     tensors[where][0, 1, 2, 5] = what
@@ -368,7 +370,7 @@ def test_a_level_this_cpu_does_not_run_is_refused_and_the_others_are_named(monke
         native.attend(q, k, v, scale=1.0, level="abacus")
     real = native.levels()
     monkeypatch.setattr(native, "levels", lambda: {"slide-rule": False, **real})
-    with pytest.raises(InputError, match="does not have its instructions.*portable"):
+    with pytest.raises(InputError, match=r"does not have its instructions.*portable"):
         native.attend(q, k, v, scale=1.0, level="slide-rule")
     monkeypatch.setenv(native.LEVEL_VARIABLE, "slide-rule")
     with pytest.raises(InputError, match="HEADINFER_NATIVE_LEVEL='slide-rule' cannot be used"):

@@ -59,4 +59,6 @@ def test_the_kernel_is_clean_and_right(flags: str, arguments: list[str], tmp_pat
     )
     assert built.returncode == 0, built.stderr
     done = run([str(program), *arguments])
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stdout + done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), (
+        done.stdout + done.stderr
+    )

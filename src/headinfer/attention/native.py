@@ -58,7 +58,9 @@ class NativeAttention:
         if spec.q_per_kv > MAX_Q_PER_KV:
             reasons.append(f"{spec.q_per_kv} query heads per KV head; runs up to {MAX_Q_PER_KV}")
         if spec.query_tokens > MAX_QUERY_TOKENS and not spec.softcap:
-            reasons.append(f"{spec.query_tokens} or more query tokens; runs up to {MAX_QUERY_TOKENS}")
+            reasons.append(
+                f"{spec.query_tokens} or more query tokens; runs up to {MAX_QUERY_TOKENS}"
+            )
         return reasons
 
     def __call__(

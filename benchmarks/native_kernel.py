@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -218,7 +219,7 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     memory = torch.ones(READ_BYTES, dtype=torch.uint8)
-    rates = [read_rate(memory)]
+    rates, loads = [read_rate(memory)], [os.getloadavg()[0]]
     print(f"{machine()}\nmemory read: {rates[0] / 1e9:.1f} GB/s")
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -227,6 +228,7 @@ def main() -> None:
         show(case, found)
         rows += found
     rates.append(read_rate(memory))
+    loads.append(os.getloadavg()[0])
     print(f"\nmemory read afterwards: {rates[1] / 1e9:.1f} GB/s")
     if max(rates) > MACHINE_CHANGES * min(rates):
         raise SystemExit("the machine changed while this ran: run it again when others are quiet")
@@ -235,6 +237,7 @@ def main() -> None:
             "command": "python benchmarks/native_kernel.py",
             "machine": machine(),
             "rounds": options.rounds,
+            "load_average": loads,
             "read_gb_per_s": [rate / 1e9 for rate in rates],
             "rows": rows,
         }

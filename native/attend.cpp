@@ -67,9 +67,9 @@ int32_t check(const headinfer_attend_args *args) {
 // share their rows, and whoever finishes the last of them merges.
 class Split {
  public:
-  Split(const headinfer_attend_args &call, RunTile run)
+  Split(const headinfer_attend_args &call, RunTile run_tile)
       : call_(call),
-        run_(run),
+        run_(run_tile),
         packed_rows_(call.q_per_kv * call.rows),
         row_blocks_(divide_up(packed_rows_, kTileRows)),
         span_keys_(std::max(kSpanKeys, divide_up(divide_up(call.keys, kSpans), kBlockKeys) *

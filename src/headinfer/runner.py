@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
@@ -434,6 +435,7 @@ class Runner:
                 budget_bytes=self.settings.host_bytes,
                 pin=pin,
                 wanted_bytes=self.settings.wanted_bytes,
+                touch=native.touch if native.why_absent() is None else None,
             )
         return self._host
 

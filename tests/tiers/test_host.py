@@ -20,7 +20,7 @@ def locking(monkeypatch):
     """Page-locking that always works, and the threads it ran on."""
     threads = []
 
-    def register(self):
+    def register(self, touch):
         threads.append(threading.current_thread().name)
         self.bytes.zero_()
 
@@ -97,7 +97,9 @@ def test_closing_gives_back_what_was_prepared(locking, monkeypatch):
 
 
 def test_refused_locking_is_named_once_and_memory_still_comes(monkeypatch, caplog):
-    monkeypatch.setattr(_Mapping, "_register", lambda self: "the locked-memory limit is 64 KiB")
+    monkeypatch.setattr(
+        _Mapping, "_register", lambda self, touch: "the locked-memory limit is 64 KiB"
+    )
     tier = HostTier(pin=True)
     tier.prepare(MIB)
     first = tier.allocate(MIB)
@@ -119,3 +121,20 @@ def test_a_system_that_has_no_more_is_a_full_tier(locking, monkeypatch):
         tier.allocate(MIB)
     with pytest.raises(TierFull, match="the system refused more"):
         tier.allocate(MIB)
+
+
+def test_pages_are_given_by_whoever_was_asked_to(monkeypatch):
+    class Cudart:
+        def cudaHostRegister(self, pointer, nbytes, flags):
+            return 0
+
+        def cudaHostUnregister(self, pointer):
+            return 0
+
+    touched = []
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    tier = HostTier(pin=True, touch=lambda address, nbytes: touched.append((address, nbytes)))
+    extent = tier.allocate(MIB)
+    assert touched == [(tier.view(extent, 0, (1,), torch.uint8).data_ptr(), MIB)]
+    assert tier.pin_failure is None
+    tier.close()

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Llam
 from transformers import __version__ as transformers_version
 
 import headinfer
+from headinfer.attention import native
 from headinfer.attention.api import attend
 from headinfer.hf.attach import attach
 from headinfer.hf.demo_model import cache_folder
@@ -243,7 +244,7 @@ def _pinning() -> float | None:
     """Seconds per GiB of page-locking memory touched before; None where it is refused."""
     found = []
     for _ in range(2):
-        tier = HostTier(pin=True)
+        tier = HostTier(pin=True, touch=native.touch if native.why_absent() is None else None)
         started = time.perf_counter()
         tier.allocate(GIB // 2)
         found.append(2 * (time.perf_counter() - started))
@@ -256,6 +257,9 @@ def _pinning() -> float | None:
 
 def _host_read() -> float:
     memory = torch.ones(64 * MIB, dtype=torch.float32)
+    if native.why_absent() is None:
+        times = [native.read_seconds(memory.data_ptr(), memory.nbytes) for _ in range(4)]
+        return memory.nbytes / min(times)
     return memory.nbytes / _Clock(torch.device("cpu")).seconds(memory.sum, times=3)
 
 

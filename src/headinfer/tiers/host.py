@@ -12,6 +12,7 @@ import logging
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -23,6 +24,8 @@ from headinfer.layout import Extent, aligned
 from headinfer.tiers.arena import bytes_as
 
 _log = logging.getLogger(__name__)
+
+Touch = Callable[[int, int], None]
 
 
 class HostTier:
@@ -38,8 +41,14 @@ class HostTier:
     name = "host"
 
     def __init__(
-        self, *, budget_bytes: int | None = None, pin: bool = False, wanted_bytes: int = 0
+        self,
+        *,
+        budget_bytes: int | None = None,
+        pin: bool = False,
+        wanted_bytes: int = 0,
+        touch: Touch | None = None,
     ) -> None:
+        self._touch = touch
         self.budget_bytes = budget_bytes
         self.wanted_bytes = wanted_bytes
         self.pin = pin
@@ -68,7 +77,7 @@ class HostTier:
             # Page-locking on a thread of its own would else happen for the first GPU.
             device = torch.cuda.current_device() if torch.cuda.is_available() else None
             self._thread = ThreadPoolExecutor(1, "headinfer-arena", _on_device, (device,))
-        made = self._thread.submit(_Mapping, size, pin=self.pin)
+        made = self._thread.submit(_Mapping, size, pin=self.pin, touch=self._touch)
         self._ready.setdefault(size, deque()).append(made)
 
     def allocate(self, nbytes: int) -> Extent:
@@ -81,7 +90,7 @@ class HostTier:
         if not ready and budget is not None and self.used_bytes + self.ready_bytes + size > budget:
             self.forget_ready()
         try:
-            mapping = ready.popleft().result() if ready else _Mapping(size, pin=self.pin)
+            mapping = ready.popleft().result() if ready else self._mapping(size)
         except (OSError, ValueError) as error:
             raise self._full(size, f"and the system refused more ({error})") from error
         if self.pin:
@@ -96,6 +105,9 @@ class HostTier:
         self._arenas[self._next] = mapping
         self.used_bytes += size
         return Extent(self._next, 0, size)
+
+    def _mapping(self, size: int) -> _Mapping:
+        return _Mapping(size, pin=self.pin, touch=self._touch)
 
     def view(
         self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
@@ -149,19 +161,23 @@ class _Mapping:
         pin_failure: why it is not page-locked though that was asked for.
     """
 
-    def __init__(self, nbytes: int, *, pin: bool) -> None:
+    def __init__(self, nbytes: int, *, pin: bool, touch: Touch | None) -> None:
         region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(region, dtype=torch.uint8)[:nbytes]
         self._unlock: weakref.finalize[[int], _Mapping] | None = None
-        self.pin_failure = self._register() if pin else None
+        self.pin_failure = self._register(touch) if pin else None
 
-    def _register(self) -> str | None:
+    def _register(self, touch: Touch | None) -> str | None:
         """Page-lock for CUDA; returns why that failed, None when it worked."""
-        self.bytes.zero_()  # touched by all of torch's threads: locking then only pins
-        cudart = torch.cuda.cudart()
         pointer = self.bytes.data_ptr()
+        # Pages that several threads have given it beforehand are only pinned here.
+        if touch is not None:
+            touch(pointer, self.bytes.numel())
+        else:
+            self.bytes.zero_()
+        cudart = torch.cuda.cudart()
         error = cudart.cudaHostRegister(pointer, self.bytes.numel(), 0)
         if int(error) != 0:
             return f"cudaHostRegister of {self.bytes.numel()} B failed with {error}"

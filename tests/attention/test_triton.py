@@ -366,6 +366,7 @@ def cuda_spec(dtype=torch.bfloat16, d=128, e=128, tokens=64, **features):
 
 @needs_triton
 def test_what_torch_does_not_take_goes_to_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     choose = api.choose.__wrapped__  # what was monkeypatched must not be remembered

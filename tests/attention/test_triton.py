@@ -388,7 +388,7 @@ def test_what_torch_does_not_take_goes_to_triton(monkeypatch):
     assert choose(cuda_spec(torch.float64)).name == "reference"
     assert choose(cuda_spec(softcap=True, gradient=True)).name == "reference"
     assert api.grows_with_keys(
-        AttentionSpec("cpu", torch.bfloat16, 64, 64, 1, 1, False, False, True)
+        AttentionSpec("cpu", torch.float64, 64, 64, 1, 1, False, False, True)
     )
 
 

@@ -142,10 +142,19 @@ def _draw(plt: Any, results: Results, case: str, quantity: Quantity) -> Any:
             _curve(axes, results, case, quantity, name, mine)
     _out_of_memory(axes, results, case)
     _axes(axes, results, case, quantity, points)
-    lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
-    figure.subplots_adjust(left=0.105, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
+    drawn = zip(*axes.get_legend_handles_labels(), strict=True)
+    entries = sorted(drawn, key=lambda entry: OUT_OF_MEMORY in entry[1])
+    lines = (len(entries) + 1) // 2
+    figure.subplots_adjust(left=0.105, right=0.985, top=0.92, bottom=0.22 + 0.042 * lines)
+    handles, labels = zip(*entries, strict=True)
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        bbox_to_anchor=(0.54, 0.09),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
     )
     caption = _caption(results, case, quantity)
     figure.text(0.01, 0.015, caption, fontsize=7, color="#444444", wrap=True)

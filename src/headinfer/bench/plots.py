@@ -18,6 +18,9 @@ from headinfer.errors import InputError
 
 GIB = 2**30
 
+_METADATA = {"png": ("Software",), "svg": ("Date", "Creator", "Format", "Type")}
+"""What matplotlib would write into a file and shall not."""
+
 STYLES: dict[str, tuple[str, str, str]] = {
     "resident": ("#000000", "s", "-"),
     "offloaded": ("#D55E00", "^", "-"),
@@ -87,7 +90,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
             for kind in ("png", "svg"):
                 path = folder / f"{case}-{quantity.name}.{kind}"
                 # Without dates and programs the bytes depend on the figures alone.
-                metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+                metadata = dict.fromkeys(_METADATA[kind])
                 figure.savefig(path, metadata=metadata)
                 written.append(path)
             plt.close(figure)

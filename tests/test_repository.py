@@ -26,6 +26,7 @@ LINKED_HOSTS = (
     "keepachangelog.com",
     "semver.org",
     "spdx.org",
+    "w3.org",  # namespaces of SVG: nobody is sent there
     "localhost",
     "127.0.0.1",
 )

@@ -21,6 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape, a short text, one draw."""
     monkeypatch.setattr(verify, "PROMPT_TOKENS", 100)
     monkeypatch.setattr(verify, "NEW_TOKENS", 3)
+    monkeypatch.setattr(verify, "DRAWS", 6)
     odd = SHAPES["tiny, odd"]
     monkeypatch.setattr(verify, "SHAPES", {"tiny": odd, "tiny, odd": odd})
 
@@ -99,5 +100,6 @@ def test_a_check_that_cannot_run_has_failed(quick: None, monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="no kernel image"):
         list(verify._model_checks("cpu"))  # without the resident answer there is nothing to compare
     monkeypatch.setattr(verify, "attend_one_head", broken)
+    monkeypatch.setattr(verify, "IMPLEMENTATIONS", {})
     checks = list(verify._attention_checks("cpu"))
     assert [check.note for check in checks if not check.ok] == ["RuntimeError: no kernel image"] * 3

@@ -60,7 +60,7 @@ CONTESTANTS: dict[str, Contestant] = {
     contestant.name: contestant
     for contestant in (
         Contestant("resident", "transformers, resident cache", False, 0.0),
-        Contestant("offloaded", "transformers, offloaded cache", False, 2.5),
+        Contestant("offloaded", "transformers, offloaded cache", False, 3.1),
         Contestant("schedule", "HeadInfer authors' schedule, re-implemented", False, 3.1),
         Contestant("streaming", "headinfer, streaming only", True, 1.02),
         Contestant("near-data", "headinfer, near-data only", True, 1.02),

@@ -18,6 +18,9 @@ from headinfer.errors import InputError
 
 GIB = 2**30
 
+_METADATA = {"png": ("Software",), "svg": ("Date", "Creator", "Format", "Type")}
+"""What matplotlib would write into a file and shall not."""
+
 STYLES: dict[str, tuple[str, str, str]] = {
     "resident": ("#000000", "s", "-"),
     "offloaded": ("#D55E00", "^", "-"),
@@ -87,7 +90,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
             for kind in ("png", "svg"):
                 path = folder / f"{case}-{quantity.name}.{kind}"
                 # Without dates and programs the bytes depend on the figures alone.
-                metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+                metadata = dict.fromkeys(_METADATA[kind])
                 figure.savefig(path, metadata=metadata)
                 written.append(path)
             plt.close(figure)
@@ -142,10 +145,19 @@ def _draw(plt: Any, results: Results, case: str, quantity: Quantity) -> Any:
             _curve(axes, results, case, quantity, name, mine)
     _out_of_memory(axes, results, case)
     _axes(axes, results, case, quantity, points)
-    lines = (len(axes.get_legend_handles_labels()[0]) + 1) // 2
-    figure.subplots_adjust(left=0.105, right=0.985, top=0.92, bottom=0.22 + 0.04 * lines)
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.48, -0.14), ncols=2, frameon=False, fontsize=9
+    drawn = zip(*axes.get_legend_handles_labels(), strict=True)
+    entries = sorted(drawn, key=lambda entry: OUT_OF_MEMORY in entry[1])
+    lines = (len(entries) + 1) // 2
+    figure.subplots_adjust(left=0.105, right=0.985, top=0.92, bottom=0.22 + 0.042 * lines)
+    handles, labels = zip(*entries, strict=True)
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        bbox_to_anchor=(0.54, 0.09),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
     )
     caption = _caption(results, case, quantity)
     figure.text(0.01, 0.015, caption, fontsize=7, color="#444444", wrap=True)

@@ -84,7 +84,7 @@ BENCH = _help(
     "Exactness is checked first: speed-ups are printed only if it holds. Every figure stands beside "
     "two floors, bytes over measured bandwidth and FLOPs over measured rate. Results are written "
     "after every run.",
-    "Without options: on a GPU the cases behind the project's bounds (about 15 minutes), on a CPU "
+    "Without options: on a GPU the cases behind the project's bounds (about 20 minutes), on a CPU "
     "small ones (about 3 minutes). Exit status 3: --max-seconds ended it, and --resume goes on.",
     examples=(
         "headinfer bench --list",

@@ -108,9 +108,7 @@ def test_the_schedule_refuses_what_it_was_not_written_for(ground: Ground) -> Non
             ground.model(two, past_key_values=entry.cache, use_cache=True)
 
 
-def test_near_data_is_passed_on_where_the_version_has_it(
-    ground: Ground, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_near_data_is_passed_on(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     known = headinfer.attach
 
@@ -124,7 +122,7 @@ def test_near_data_is_passed_on_where_the_version_has_it(
     for name in ("streaming", "near-data", "mixed", "planned"):
         with enter(name, small(ground, name)):
             pass
-    assert [call["near_data"] for call in seen] == [0.0, 1.0, None, None]
+    assert [call["near_data"] for call in seen] == [0.0, 1.0, 0.5, None]
     assert own_options("near-data", ground)["resident_heads"] == 0
     assert "resident_heads" not in own_options("planned", ground)
 

@@ -8,7 +8,6 @@ simulated context, and what they count. Measuring code sees no difference betwee
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from transformers import DynamicCache, PreTrainedModel
 import headinfer
 from headinfer.bench import baseline
 from headinfer.bench.shapes import Shape
-from headinfer.hf.backing import CacheOptions
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
 
 
@@ -101,10 +99,6 @@ class Entry:
         """Bytes held, by place."""
         return {}
 
-    def attended_in_place(self) -> int:
-        """Stored bytes that the CPU attends or that are sent: what was sent is counted apart."""
-        return 0
-
 
 class ScheduleEntry(Entry):
     """The authors' schedule."""
@@ -150,15 +144,11 @@ class OwnEntry(Entry):
 
     def counted(self) -> dict[str, float]:
         stats = self.cache.stats()
-        return {"h2d": stats.loaded_bytes, "d2h": stats.written_bytes}
+        return {"h2d": stats.loaded_bytes, "d2h": stats.written_bytes, "host": stats.near_bytes}
 
     def held(self) -> dict[str, int]:
         stats = self.cache.stats().as_dict()
         return {name: value for name, value in stats.items() if isinstance(value, int)}
-
-    def attended_in_place(self) -> int:
-        near = has_near_data() and self.settings.get("near_data") != 0.0
-        return self.cache.stats().host_bytes if near else 0
 
 
 @contextmanager
@@ -193,33 +183,22 @@ def enter(name: str, ground: Ground) -> Iterator[Entry]:
 
 
 def own_options(name: str, ground: Ground) -> dict[str, Any]:
-    """What `headinfer.attach` is given for one of our ways to work.
-
-    Raises:
-        NotAvailable: it needs `near_data`, which this version does not have.
-    """
+    """What `headinfer.attach` is given for one of our ways to work."""
     options: dict[str, Any] = {"expected_tokens": ground.tokens, **ground.extra}
     if ground.cap is not None and ground.device.type == "cuda":
         options["gpu_memory"] = ground.cap
     if name == "planned":
         return options
+    if name == "replayed":
+        return {**options, "step_graphs": True}
     if ground.device.type == "cpu":
         options["staging"] = True  # otherwise a CPU attends everything in place
     if name == "all-resident":
         return {**options, "resident_heads": ground.shape.kv_heads}
-    options["resident_heads"] = 0
-    if has_near_data():
-        share = {"streaming": 0.0, "near-data": 1.0, "mixed": None}[name]
-        return {**options, "near_data": share}
-    if name == "streaming":
-        return options
-    raise NotAvailable("this version has no near-data attention")
-
-
-def has_near_data() -> bool:
-    """`attach` takes the share of offloaded heads that the CPU attends."""
-    named = inspect.signature(headinfer.attach).parameters
-    return "near_data" in named or "near_data" in CacheOptions.__annotations__
+    # On a CPU nothing adapts: half of the heads are attended in place there.
+    mixed = None if ground.device.type == "cuda" else 0.5
+    share = {"streaming": 0.0, "near-data": 1.0, "mixed": mixed}[name]
+    return {**options, "resident_heads": 0, "near_data": share}
 
 
 def random_keys(ground: Ground, tokens: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from headinfer.bench.rates import filled
 from headinfer.bench.results import Results, Row
 from headinfer.hf.peak import PeakMemory
 
-WARM_STEPS = 5
+WARM_STEPS = 12
 """Tokens decoded after a simulated context before the clock runs: the first ones fill the ring."""
 LONG_STEPS_S, FEW_STEPS = 15.0, 3
 """Slow contestants are timed over fewer tokens: no more once both are reached."""
@@ -196,13 +196,13 @@ def _steps(entry: Entry, count: int, deadline: Deadline) -> tuple[list[float], d
 def _token(entry: Entry) -> None:
     model = entry.ground.model
     one = torch.zeros((1, 1), dtype=torch.long, device=entry.ground.device)
-    model(one, past_key_values=entry.cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=one, past_key_values=entry.cache, use_cache=True, logits_to_keep=1)
 
 
 def _token_figure(
     entry: Entry, context: int, steps: list[float], moved: dict[str, float]
 ) -> Figure:
-    """A decoded token: what was staged was counted, the rest of the stored bytes was read in place."""
+    """A decoded token: what was staged or attended by the CPU was counted, the GPU read the rest."""
     ground, shape = entry.ground, entry.ground.shape
     weights, keys = shape.weight_bytes(ground.dtype), shape.kv_bytes(context, ground.dtype)
     moved = dict(moved)
@@ -210,10 +210,7 @@ def _token_figure(
         # One memory: weights, and all keys and values wherever they are.
         moved["host"] = float(weights + keys)
     elif entry.counts:
-        in_place = max(entry.attended_in_place() - moved.get("h2d", 0.0), 0.0)
-        moved["gpu"] = float(weights + keys - in_place)
-        if in_place:
-            moved["host"] = in_place
+        moved["gpu"] = float(weights + keys) - moved.get("host", 0.0)
     return Figure(
         "token", steps, moved, shape.linear_flops(1), shape.attention_flops(1, past=context)
     )

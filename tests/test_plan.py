@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,7 +14,8 @@ from headinfer.budget import GIB, MIB, MemoryBudget
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
-from headinfer.plan import activation_bytes, make_plan
+from headinfer.plan import activation_bytes, hiding_tokens, make_plan
+from headinfer.rates import Rates
 
 
 def llama3_8b(weights=15 * GIB):
@@ -213,3 +215,28 @@ def test_near_data_that_cannot_be_is_refused():
     assert make_plan(llama3_8b(), options(near_data=1.0), device="cpu").near_share == 0
     staged = make_plan(llama3_8b(), options(near_data=0.5, staging=True), device="cpu")
     assert (staged.near_share, staged.near_adapts) == (0.5, False)
+
+
+def test_the_chunk_hides_transfers_where_the_machine_was_measured():
+    def rates(link):
+        return Rates(
+            "m", "bfloat16", 600e12, {128: 600e12}, 3e12, 3e12, 5e-4, 1e-3, h2d_bytes_s=link
+        )
+
+    def plan(gpu, link=None, **more):
+        asked = options(gpu, 200 * GIB, expected_tokens=400_000, **more)
+        if link is not None:
+            asked = replace(asked, rates=rates(link))
+        return make_plan(llama3_8b(), asked, device="cuda")
+
+    assert plan(40 * GIB).chunk_tokens == 8192
+    fast, slow = plan(40 * GIB, 53e9), plan(40 * GIB, 12e9)
+    # F / (g B) = 600e12 / (4 x 53e9) = 2,830 tokens; with 12 GB/s 12,500, and a quarter more
+    assert hiding_tokens(llama3_8b(), replace(options(), rates=rates(53e9))) == 2831
+    assert fast.chunk_tokens == 8192
+    assert any("from 2,831 tokens on transfers hide" in reason for reason in fast.reasons)
+    assert slow.chunk_tokens == 16384
+    narrow = plan(17 * GIB, 12e9)
+    assert narrow.chunk_tokens < 12_500
+    assert any("transfers take longer than its attention" in reason for reason in narrow.reasons)
+    assert plan(40 * GIB, 12e9, chunk_tokens=1024).chunk_tokens == 1024

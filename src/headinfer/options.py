@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from headinfer.budget import MemoryBudget
 from headinfer.errors import InputError
 from headinfer.geometry import FORMATS
+from headinfer.rates import Rates
 
 ON_UNSUPPORTED = ("error", "materialize")
 
@@ -32,6 +33,7 @@ class Options:
             fixed, so that runs repeat bit by bit. None: chosen, and adapted while running.
         attention: attention implementation to insist on, or "auto".
         poison: NaN-fill staging slots on release (for tests).
+        rates: of the machine, where they were measured; not for users to give.
     """
 
     budget: MemoryBudget = field(default_factory=MemoryBudget)
@@ -46,6 +48,7 @@ class Options:
     near_data: float | None = None
     attention: str = "auto"
     poison: bool = False
+    rates: Rates | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for a value no plan could use."""

@@ -221,7 +221,7 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     if options.staging is False:
         raise InputError("staging=False was given, but a GPU cannot attend host memory in place")
     budget = options.budget.gpu_bytes
-    chunk = options.chunk_tokens or GPU_CHUNK_TOKENS
+    chunk = options.chunk_tokens or max(GPU_CHUNK_TOKENS, _roomy(hiding_tokens(geometry, options)))
     if options.expected_tokens is not None and options.chunk_tokens is None:
         chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
     plan = _streaming_plan(geometry, options, batch, chunk)
@@ -234,6 +234,41 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     if budget is not None and plan.gpu_bytes > budget:
         raise _gpu_too_small(geometry, options, batch, plan, budget)
     return _with_near_reason(_with_host(_with_residents(plan, options)))
+
+
+def hiding_tokens(geometry: Geometry, options: Options) -> int | None:
+    """The shortest chunk whose attention takes as long as bringing the keys it attends: F / (g B)
+    for F FLOP/s of attention, g query heads per KV head and B bytes/s of the link. None if the
+    machine was not measured.
+
+    Per key and value 2 (d + e) FLOPs are done for each of g query heads and chunk tokens, and
+    (d + e) bytes times the size of an element are brought.
+    """
+    rates = options.rates
+    if rates is None or not rates.h2d_bytes_s:
+        return None
+    found = 0.0
+    for layer in geometry.full_layers:
+        per_kv = max(layer.num_query_heads // max(layer.num_kv_heads, 1), 1)
+        flops = rates.attention_flops_of(max(layer.key_dim, layer.value_dim))
+        found = max(found, flops * geometry.itemsize / (2 * per_kv * rates.h2d_bytes_s))
+    return int(found) + 1
+
+
+def _roomy(hiding: int | None) -> int:
+    """A quarter longer than needed, in whole KiTokens: rates vary."""
+    return 0 if hiding is None else -(-hiding * 5 // 4 // 1024) * 1024
+
+
+def _hiding(chunk: int, hiding: int | None) -> str:
+    if hiding is None:
+        return ""
+    if chunk >= hiding:
+        return f"; from {hiding:,} tokens on transfers hide behind attention (measured rates)"
+    return (
+        f"; transfers take longer than its attention, which would hide them from {hiding:,} tokens "
+        "on (measured rates): more gpu_memory makes room for longer chunks"
+    )
 
 
 def _with_near_reason(plan: Plan) -> Plan:
@@ -265,7 +300,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
     reasons = [
         (
             f"a chunk of {chunk:,} tokens keeps activations at "
-            f"{format_bytes(parts['activations'])} and hides transfers behind attention"
+            f"{format_bytes(parts['activations'])}{_hiding(chunk, hiding_tokens(geometry, options))}"
         ),
         (
             f"staging: {num_slots} slots of {format_bytes(slot_bytes)} and two write-back buffers of "

@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.hf import probe
 from headinfer.hf.forecast import contexts_up_to, forecast
-from headinfer.hf.probe import known_rates, rates_for
+from headinfer.hf.probe import rates_for
+from headinfer.hf.remembered import known_rates
 from headinfer.rates import Rates
 
 CPU = torch.device("cpu")

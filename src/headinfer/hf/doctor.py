@@ -27,7 +27,7 @@ from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
 from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
-from headinfer.hf.probe import known_rates
+from headinfer.hf.remembered import known_rates
 from headinfer.rates import Rates
 
 TOKENS = 200

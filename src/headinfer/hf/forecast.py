@@ -21,7 +21,7 @@ from headinfer.geometry import Geometry
 from headinfer.hf.attach import plan_for
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.geometry import HOST_SHARE
-from headinfer.hf.probe import known_rates
+from headinfer.hf.remembered import known_rates
 from headinfer.machines import machine_named
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan

@@ -21,6 +21,7 @@ from headinfer.attention.types import AttentionSpec
 from headinfer.budget import MemoryBudget
 from headinfer.errors import UnsupportedModel
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.hf.remembered import known_rates
 from headinfer.options import Options
 
 HOST_SHARE = 0.9
@@ -71,8 +72,8 @@ def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
 
 
 def resolve_budget(options: Options, device: torch.device) -> Options:
-    """`options` with both budgets filled in from what is free now, and near-data attention left
-    to the plan only where it pays: a GPU, and a native kernel to do it."""
+    """`options` with both budgets filled in from what is free now, near-data attention left to the
+    plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates."""
     budget = options.budget
     host = budget.host_bytes
     if host is None:
@@ -86,7 +87,9 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
         near = 0.0
     budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
-    return replace(options, budget=budget, near_data=near)
+    # What decides the chunk was measured in the type that models on a GPU have.
+    rates = known_rates(device, torch.bfloat16) if device.type == "cuda" else None
+    return replace(options, budget=budget, near_data=near, rates=rates)
 
 
 def _no_host_kernel() -> bool:

@@ -9,33 +9,23 @@ set of library versions.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import logging
-import os
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers import __version__ as transformers_version
 
-import headinfer
 from headinfer.attention import native
 from headinfer.attention.api import attend
+from headinfer.budget import GIB, MIB
 from headinfer.hf.attach import attach
-from headinfer.hf.demo_model import cache_folder
 from headinfer.hf.quiet import quiet_transformers
+from headinfer.hf.remembered import known_rates, machine_name, remember
 from headinfer.rates import Rates
 from headinfer.tiers import HostTier
 
-_log = logging.getLogger(__name__)
-
-MIB, GIB = 2**20, 2**30
 DIMS = (64, 128)
 NO_ATTENTION = "headinfer-probe"
 
@@ -49,24 +39,11 @@ def rates_for(device: torch.device | str, dtype: torch.dtype, *, refresh: bool =
         refresh: measure even if a measurement is there.
     """
     device = torch.device(device)
-    path = cache_folder() / f"rates-{_key(device, dtype)}.json"
-    if not refresh and (found := _read(path)) is not None:
+    if not refresh and (found := known_rates(device, dtype)) is not None:
         return found
     rates = measure(device, dtype)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(rates.as_dict(), indent=2))
-        draft.replace(path)
-    except OSError as error:  # a measurement that cannot be kept is still one
-        _log.warning("the rates of this machine cannot be kept in %s: %s", path.parent, error)
+    remember(rates, device, dtype)
     return rates
-
-
-def known_rates(device: torch.device | str, dtype: torch.dtype) -> Rates | None:
-    """The rates of this machine if they were measured before."""
-    device = torch.device(device)
-    return _read(cache_folder() / f"rates-{_key(device, dtype)}.json")
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -103,13 +80,6 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         pin_s_per_gib=pin,
         seconds=time.perf_counter() - started,
     )
-
-
-def machine_name(device: torch.device) -> str:
-    """Processor, cores, memory, and the GPU if that computes."""
-    memory = round(psutil.virtual_memory().total / GIB)
-    host = f"{_processor()}, {torch.get_num_threads()} threads, {memory} GiB"
-    return host if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} on {host}"
 
 
 class _Clock:
@@ -261,28 +231,3 @@ def _host_read() -> float:
         times = [native.read_seconds(memory.data_ptr(), memory.nbytes) for _ in range(4)]
         return memory.nbytes / min(times)
     return memory.nbytes / _Clock(torch.device("cpu")).seconds(memory.sum, times=3)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux: the general name will do
-    return platform.processor() or platform.machine()
-
-
-def _key(device: torch.device, dtype: torch.dtype) -> str:
-    parts = [machine_name(device), str(dtype), torch.__version__, transformers_version]
-    parts.append(headinfer.__version__)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _read(path: Any) -> Rates | None:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return Rates.from_dict(found) if isinstance(found, dict) else None

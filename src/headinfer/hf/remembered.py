@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rates measured before, remembered per machine, element type and set of library versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import __version__ as transformers_version
+
+import headinfer
+from headinfer.budget import GIB
+from headinfer.hf.demo_model import cache_folder
+from headinfer.rates import Rates
+
+_log = logging.getLogger(__name__)
+
+
+def known_rates(device: torch.device | str, dtype: torch.dtype) -> Rates | None:
+    """The rates of this machine if they were measured before."""
+    try:
+        found = json.loads(_path(torch.device(device), dtype).read_text())
+    except (OSError, ValueError):
+        return None
+    return Rates.from_dict(found) if isinstance(found, dict) else None
+
+
+def remember(rates: Rates, device: torch.device, dtype: torch.dtype) -> None:
+    """Later calls of `known_rates` give `rates`; says so where they cannot be kept."""
+    path = _path(device, dtype)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(rates.as_dict(), indent=2))
+        draft.replace(path)
+    except OSError as error:  # a measurement that cannot be kept is still one
+        _log.warning("the rates of this machine cannot be kept in %s: %s", path.parent, error)
+
+
+def machine_name(device: torch.device) -> str:
+    """Processor, cores, memory, and the GPU if that computes."""
+    memory = round(psutil.virtual_memory().total / GIB)
+    host = f"{_processor()}, {torch.get_num_threads()} threads, {memory} GiB"
+    return host if device.type == "cpu" else f"{torch.cuda.get_device_name(device)} on {host}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the general name will do
+    return platform.processor() or platform.machine()
+
+
+def _path(device: torch.device, dtype: torch.dtype) -> Path:
+    return cache_folder() / f"rates-{_key(device, dtype)}.json"
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    parts = [machine_name(device), str(dtype), torch.__version__, transformers_version]
+    parts.append(headinfer.__version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -32,6 +32,7 @@ from headinfer.hf.attention import register
 from headinfer.hf.backing import Backing, CacheOptions, EngineFactory, options_from
 from headinfer.hf.geometry import geometry_of
 from headinfer.hf.handles import KVHandle, Origin
+from headinfer.hf.tokens import TokenLog
 from headinfer.layer import Stats
 from headinfer.plan import Plan
 from headinfer.runner import Runner
@@ -47,7 +48,7 @@ register()
 
 
 @contextmanager
-def _lasting() -> Iterator[None]:
+def lasting() -> Iterator[None]:
     """What is stored outlives the call: no tensor of inference mode, which could not be written
     to outside it, and no part of a gradient's graph."""
     with torch.inference_mode(False), torch.no_grad():
@@ -107,7 +108,7 @@ class HeadLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         runner = self.backing.runner_for(key_states, value_states, self.index + 1)
         self._warn_if_long(key_states.shape[2])
-        with _lasting():
+        with lasting():
             self.length = runner.append(self.index, key_states, value_states)
         keys, values = self.keys, self.values
         if keys is None or values is None:
@@ -116,7 +117,7 @@ class HeadLayer(CacheLayerMixin):
 
     def attend(self, length: int, query: Query) -> Tensor:
         """Attention over the first `length` tokens, [b, t, h, d]."""
-        with _lasting():  # staging slots are written to in every pass
+        with lasting():  # staging slots are written to in every pass
             return self._runner().attend(self.index, length, query)
 
     def gather(self, length: int, *, values: bool) -> Tensor:
@@ -155,7 +156,7 @@ class HeadLayer(CacheLayerMixin):
             return
         length = self.length + count if count < 0 else min(count, self.length)
         length = max(length, 0)
-        with _lasting():
+        with lasting():
             self._runner().crop(self.index, length)
         self.length = length
 
@@ -188,7 +189,7 @@ class HeadLayer(CacheLayerMixin):
 
     def _reorder(self, rows: Sequence[int]) -> None:
         if self.length:
-            with _lasting():
+            with lasting():
                 self._runner().reorder(self.index, rows)
 
     def _runner(self) -> Runner:
@@ -296,6 +297,8 @@ class HeadCache(DynamicCache):
         geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
         latent = getattr(text, "kv_lora_rank", None) is not None
         self.backing = Backing(options_from(options), geometry, latent=latent, engine=engine)
+        self.log = TokenLog()
+        self.saved: Any = None  # the context this came from or went to, see headinfer.hf.contexts
         if config is None:
             self.layer_class_to_replicate: Any = _LayerFactory(self.backing)
         for index, layer in enumerate(self.layers):
@@ -305,6 +308,24 @@ class HeadCache(DynamicCache):
                 states = getattr(layer, "conv_states", None)
                 count = len(states) if isinstance(states, (list, tuple, dict)) else 1
                 self.layers[index] = HybridHeadLayer(self.backing, index, max(count, 1))
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """Ids [b, t] of what is held, on the host; None if nobody named them."""
+        return self.log.ids(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.log.reorder(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = int(self.batch_size) if self.get_seq_length() else 0
+        super().batch_repeat_interleave(repeats)
+        self.log.reorder([row for row in range(rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.log.reorder(_row_numbers(indices))
 
     @property
     def head_layers(self) -> list[HeadLayer]:
@@ -341,6 +362,8 @@ class HeadCache(DynamicCache):
             if isinstance(layer, DynamicLayer):  # a window: older versions keep it, as zeros
                 layer.is_initialized = False
         self.close()
+        self.log.clear()
+        self.saved = None
         self.backing.plan = self.backing.length = None
 
     def stats(self) -> Stats:
@@ -389,7 +412,7 @@ class HeadCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        with _lasting():
+        with lasting():
             backing = self.backing.clone()
         memo[id(self.backing)] = backing
         for name, value in self.__dict__.items():

@@ -69,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished job: decided and measured, never mixed."""
+    """A finished job: decided and measured, never mixed; `context` if it was on disk."""
 
     job: Job
     loaded: dict[str, Any]
@@ -77,6 +77,7 @@ class Outcome:
     stats: dict[str, int]
     headwise: Run
     resident: Run | None
+    context: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -94,6 +95,8 @@ class Outcome:
             "timings": answer.timings(),
             "peak": self.headwise.peak,
         }
+        if self.context is not None:
+            found["context"] = self.context
         if self.resident is not None:
             found["resident"] = {
                 "answer": self.resident.answer.text,
@@ -121,7 +124,7 @@ def execute(job: Job) -> Outcome:
     from headinfer.hf.generate import Sampling, build_prompt, check_positions, tokens_around
 
     sampling = Sampling(**job.sampling)
-    model, tokenizer, load_s = _load(job)
+    model, tokenizer, load_s = load(job)
     prompt = build_prompt(tokenizer, job.text, job.question, chat=job.chat)
     if not job.beyond:
         check_positions(
@@ -144,7 +147,8 @@ def print_json(found: Mapping[str, Any]) -> None:
     write_answer(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _load(job: Job) -> tuple[Any, Any, float]:
+def load(job: Job) -> tuple[Any, Any, float]:
+    """Model, tokenizer, and the seconds they took."""
     from headinfer.hf.load import load_model
 
     started = time.perf_counter()

@@ -85,7 +85,8 @@ class DirectHeads:
     def unfinished(self, span: Span) -> Piece:
         """A copy of the tokens of `span`, the youngest."""
         pieces = self.stored_pieces(span)
-        k, v = (torch.cat([piece[which] for piece in pieces], dim=2) for which in (1, 2))
+        k = torch.cat([piece.k for piece in pieces], dim=2)
+        v = torch.cat([piece.v for piece in pieces], dim=2)
         return Piece(span.start, k, v)
 
     def restore(self, saved: SavedLayer) -> tuple[Tensor, Tensor] | None:

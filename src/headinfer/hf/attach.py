@@ -306,6 +306,8 @@ class Session:
     ) -> None:
         if self._closed:
             return
+        if self.cache is not None:
+            self.cache.log.passing = False
         if self._observer is not None:
             seconds = time.perf_counter() - self._started
             past, new = _lengths(self._named(args, kwargs))

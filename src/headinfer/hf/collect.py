@@ -50,7 +50,7 @@ def collect(cache: HeadCache, since: Manifest, tokens: int) -> Step:
             if tokens > stored:
                 tails = _tails(held, Span(stored, tokens))
                 state |= {f"{index}.tail.{name}": found for name, found in tails.items()}
-        if not isinstance(layer, HeadLayer) or isinstance(layer, HybridHeadLayer):
+        if has_stock_state(layer):
             if tokens != cache.get_seq_length():
                 raise CacheStateError(
                     f"layer {index} ({type(layer).__name__}) has states of token "
@@ -66,6 +66,11 @@ def collect(cache: HeadCache, since: Manifest, tokens: int) -> Step:
     ids = cache.log.ids(tokens)
     flat = None if ids is None else np.ascontiguousarray(ids.T.numpy().astype("<i4"))
     return Step(tokens, tuple(records), tuple(runs), state, flat, _ready(cache, waits))
+
+
+def has_stock_state(layer: Any) -> bool:
+    """Whether a layer keeps something besides head-wise keys and values."""
+    return not isinstance(layer, HeadLayer) or isinstance(layer, HybridHeadLayer)
 
 
 def rows_of(cache: HeadCache) -> int:
@@ -96,7 +101,8 @@ def _check_length(held: Layer, tokens: int) -> None:
 
 def _record(held: Layer) -> LayerRecord:
     shape = held.shape
-    cuts, room = (0,), 0
+    cuts: tuple[int, ...] = (0,)
+    room = 0
     for heads in held.ranges:
         if isinstance(heads, DirectHeads):
             segments = heads.store.segments

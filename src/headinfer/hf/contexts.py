@@ -8,9 +8,11 @@ leave a context as it is.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,20 +27,24 @@ from headinfer.errors import CacheStateError, InputError, SnapshotError, Snapsho
 from headinfer.hf.attach import session_of
 from headinfer.hf.backing import CacheOptions
 from headinfer.hf.cache import HeadCache
-from headinfer.hf.collect import PADDING, collect, rows_of
+from headinfer.hf.collect import collect, has_stock_state, rows_of
 from headinfer.hf.fingerprint import check_fingerprint, fingerprint_of
 from headinfer.hf.geometry import weight_bytes_of
 from headinfer.hf.restore import restore
-from headinfer.snapshot import Context, ContextWriter, Manifest, Stream, WriterLock, durable, exists
-from headinfer.snapshot.manifest import NAME
-from headinfer.snapshot.writer import SUMS_NAME, TOKENS_NAME
+from headinfer.snapshot import (
+    Context,
+    ContextWriter,
+    Manifest,
+    Stream,
+    WriterLock,
+    durable,
+    exists,
+    is_ours,
+)
+from headinfer.snapshot.writer import SUMS_NAME
 
 Verify = Literal["lazy", "now", "never"]
 Folder = str | os.PathLike[str]
-
-OURS = (".kv", ".safetensors", durable.UNFINISHED)
-LEFT = {"lock", SUMS_NAME, TOKENS_NAME}
-"""Names, and endings of names, of what a writer leaves that was stopped before it began."""
 
 
 @dataclass(slots=True)
@@ -65,6 +71,7 @@ def save_context(
     *,
     tokenizer: Any = None,
     token_ids: Tensor | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """The context that `cache` holds is on disk at `path`, durably.
 
@@ -76,6 +83,7 @@ def save_context(
         path: a folder that is not there or empty, or the context the cache belongs to.
         tokenizer: also goes into the fingerprint.
         token_ids: ids [b, t] of what the cache holds, if no session saw them.
+        prompt: plain values kept in the manifest for whoever frames questions.
 
     Raises:
         CacheStateError: the cache is empty, or a forward pass failed midway.
@@ -87,8 +95,15 @@ def save_context(
     folder, tokens = Path(path), cache.get_seq_length()
     if not isinstance(cache, HeadCache) or not tokens:
         raise CacheStateError("there is nothing to save: give a HeadCache that holds tokens")
+    if cache.log.passing and any(map(has_stock_state, cache.layers)):
+        raise CacheStateError(
+            "the last forward pass broke off and left windows or states of different tokens: call "
+            "reset() and prefill again"
+        )
     _take_ids(cache, token_ids, tokens)
     writer, held = _writer_for(model, cache, folder, tokenizer)
+    if prompt is not None:
+        writer.manifest = replace(writer.manifest, prompt=dict(prompt))
     try:
         writer.submit(collect(cache, writer.manifest, tokens))
         writer.wait()
@@ -185,7 +200,7 @@ def new_writer(folder: Path, first: Manifest, lock: WriterLock, needed_bytes: in
             f"{format_bytes(free)} are free there. Free {format_bytes(needed_bytes - free)}, name "
             "a folder on another disk, or shorten the text",
             path=str(folder),
-            code=28,
+            code=errno.ENOSPC,
         )
     return ContextWriter(folder, first, lock, (b"", b""))
 
@@ -230,11 +245,9 @@ def prepare_folder(folder: Path) -> WriterLock:
     if folder.exists() and not folder.is_dir():
         raise SnapshotError(f"{folder} is a file; name a folder for the context")
     with durable.explained(folder, "made"):
-        strange = [
-            item.name
-            for item in (folder.iterdir() if folder.exists() else ())
-            if item.name not in LEFT and not item.name.endswith(OURS) and item.name != NAME
-        ]
+        there = list(folder.iterdir()) if folder.exists() else []
+        # Without a manifest: what a writer leaves that was stopped before it had begun.
+        strange = [item.name for item in there if not is_ours(item.name)]
         if strange and not exists(folder):
             raise SnapshotError(
                 f"the folder {folder} is not a saved context and not empty ({strange[0]} is in "
@@ -312,6 +325,3 @@ def _check_same_way(cache: HeadCache, manifest: Manifest, folder: Path, saved_id
 
 def _ids_of(writer: ContextWriter) -> Any:
     return Context(writer.folder).token_ids if writer.manifest.serial else None
-
-
-__all__ = ["PADDING", "Saved", "load_context", "save_context"]

@@ -11,13 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from headinfer.errors import SnapshotError
 from headinfer.heads import Guard, KVShape, Mapped, SavedLayer
-from headinfer.hf.cache import HeadCache, HeadLayer, HybridHeadLayer, lasting
-from headinfer.hf.collect import PADDING
+from headinfer.hf.cache import HeadCache, HeadLayer, lasting
+from headinfer.hf.collect import PADDING, has_stock_state
 from headinfer.hf.states import put_back
 from headinfer.hf.tokens import TokenLog
 from headinfer.layout import HeadGroup, Span
@@ -78,8 +77,8 @@ def _check_layers(cache: HeadCache, context: Context) -> None:
     records = context.manifest.layers
     same = len(records) == len(cache.layers)
     for layer, record in zip(cache.layers, records, strict=False):
-        stock = not isinstance(layer, HeadLayer) or isinstance(layer, HybridHeadLayer)
-        same = same and (record.stock == (type(layer).__name__ if stock else ""))
+        stock = type(layer).__name__ if has_stock_state(layer) else ""
+        same = same and record.stock == stock
         same = same and (isinstance(layer, HeadLayer) or not record.has_blocks)
     if not same:
         saved = ", ".join(dict.fromkeys(record.stock or "heads" for record in records))

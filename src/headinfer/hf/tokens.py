@@ -18,10 +18,12 @@ class TokenLog:
 
     Attributes:
         known: False once tokens came that nobody named (embeddings, another session's cache).
+        passing: a forward pass has begun and not ended.
     """
 
     def __init__(self, ids: Tensor | None = None, mask: Tensor | None = None) -> None:
         self.known = True
+        self.passing = False
         self._parts: list[Tensor] = [] if ids is None else [ids]
         self._mask = mask
 
@@ -31,6 +33,7 @@ class TokenLog:
 
     def note(self, past: int, ids: Tensor | None, mask: Tensor | None) -> None:
         """A forward pass adds `ids` [b, t] to a cache that holds `past` tokens."""
+        self.passing = True
         if ids is None or past > self.length:
             self.known = False
         if not self.known or ids is None:
@@ -71,7 +74,7 @@ class TokenLog:
 
     def clear(self) -> None:
         """The cache is empty again."""
-        self.known, self._parts, self._mask = True, [], None
+        self.known, self.passing, self._parts, self._mask = True, False, [], None
 
     def _on_one_device(self) -> list[Tensor]:
         return [part.to(self._parts[-1].device) for part in self._parts]

@@ -11,6 +11,7 @@ from headinfer.snapshot import durable
 from headinfer.snapshot.lock import WriterLock, owner_of
 from headinfer.snapshot.manifest import LayerRecord, Manifest, Stream, exists
 from headinfer.snapshot.reader import Context
+from headinfer.snapshot.removal import is_ours, remove_context
 from headinfer.snapshot.writer import ContextWriter, Run, Step
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "WriterLock",
     "durable",
     "exists",
+    "is_ours",
     "owner_of",
+    "remove_context",
 ]

@@ -180,7 +180,7 @@ class Context:
                 add_sums(values, start // BLOCK_TOKENS, piece)
 
     def _read(self, file: BlockFile, offset: int, piece: np.ndarray[Any, Any]) -> None:
-        view, path = memoryview(piece).cast("B"), self.folder / file.name
+        view, path = piece.data.cast("B"), self.folder / file.name
         descriptor, done = self.descriptor(file), 0
         with self._named(path):
             while done < len(view):
@@ -277,7 +277,7 @@ def add_sums(values: list[int], first: int, piece: np.ndarray[Any, Any]) -> None
     """Carry the sums of the blocks from `first` on over `piece` [token, byte]."""
     for place in range(piece.shape[0] // BLOCK_TOKENS):
         block = piece[place * BLOCK_TOKENS : (place + 1) * BLOCK_TOKENS]
-        values[first + place] = zlib.crc32(block, values[first + place])
+        values[first + place] = zlib.crc32(block.data, values[first + place])
 
 
 def _bytes(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -211,6 +211,8 @@ class Context:
 
     def _stream(self, stream: Stream) -> bytes:
         """What counts of a small file."""
+        if not stream.nbytes:
+            return b""  # there is no file before the first whole block
         path = self.folder / stream.name
         with self._named(path), path.open("rb") as file:
             data = file.read(stream.nbytes)

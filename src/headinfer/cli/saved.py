@@ -272,5 +272,5 @@ def _append(
         headinfer.prefill(model, last, cache)
     prompt = {**framed.prompt, "turns": framed.prompt["turns"] + 1}
     headinfer.save_context(model, cache, disk.folder, tokenizer=tokenizer, prompt=prompt)
-    cache.saved.writer.close()
+    cache.saved.close()
     print_note(f"{disk.folder} holds {cache.get_seq_length():,} tokens now")

@@ -402,7 +402,10 @@ class HeadCache(DynamicCache):
         return keep
 
     def close(self) -> None:
-        """Free all memory now rather than when the cache is collected."""
+        """Free all memory now rather than when the cache is collected, and the saved context it
+        may have been extending."""
+        if self.saved is not None:
+            self.saved.close()
         if self.backing.runner is not None:
             self.backing.runner.close()
             self.backing.runner = None

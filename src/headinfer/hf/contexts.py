@@ -60,6 +60,12 @@ class Saved:
     id: str
     writer: ContextWriter | None = None
 
+    def close(self) -> None:
+        """The cache extends the context no more; others may write to it."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
         return Saved(self.folder, self.id)  # one writer
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from headinfer.errors import InputError, SnapshotError, SnapshotMismatch
+from headinfer.errors import CacheStateError, InputError, SnapshotError, SnapshotMismatch
 from headinfer.hf.backing import CacheOptions
 from headinfer.hf.cache import HeadCache
 from headinfer.hf.collect import collect, has_stock_state
@@ -162,6 +162,11 @@ class _Reading:
     def total(self) -> int:
         return int(self.ids.shape[1])
 
+    @property
+    def grid(self) -> int:
+        """Multiples of this end a chunk and a block."""
+        return math.lcm(self.chunk, BLOCK_TOKENS)
+
     def begin(
         self,
         lock: WriterLock,
@@ -189,7 +194,7 @@ class _Reading:
     def read(self, writer: ContextWriter, every: Every) -> None:
         """Read what is missing; a checkpoint whenever one is due, and at the end."""
         done = self.cache.get_seq_length()
-        points = _Checkpoints(self.cache, writer, every, done)
+        points = _Checkpoints(self.cache, writer, every, done, self.grid)
         if done < self.total:
             try:
                 prefill(
@@ -257,8 +262,7 @@ class _Reading:
                 "reading the text again would drop; ask with --context, or begin again with "
                 "--restart (restart=True)"
             )
-        grid = math.lcm(self.chunk, BLOCK_TOKENS)
-        keep = 0 if states else common // grid * grid
+        keep = 0 if states else common // self.grid * self.grid
         if not keep and manifest.tokens:
             why = "its windows or states cannot go back" if states and common else "nothing whole"
             raise SnapshotError(
@@ -287,11 +291,14 @@ class _Reading:
 class _Checkpoints:
     """Decides when; the writer's thread does it."""
 
-    def __init__(self, cache: HeadCache, writer: ContextWriter, every: Every, done: int) -> None:
+    def __init__(
+        self, cache: HeadCache, writer: ContextWriter, every: Every, done: int, grid: int
+    ) -> None:
         self._cache = cache
         self._writer = writer
         self._every = every
         self._complete = self._submitted = done
+        self._grid = grid
         self._since = time.monotonic()
 
     def after_chunk(self, tokens: int) -> None:
@@ -300,9 +307,9 @@ class _Checkpoints:
         if runner is not None:
             runner.before_change = self._writer.settle
         self._complete = tokens
-        if self._writer.busy or not self._due():
-            return
-        self._submit(tokens)
+        # A number of tokens is a promise, and waits for the step before; a time is not.
+        if self._due() and (self._every.tokens is not None or not self._writer.busy):
+            self._submit(tokens)
 
     def finish(self, tokens: int) -> None:
         """Everything is durable."""
@@ -319,9 +326,11 @@ class _Checkpoints:
             self._writer.wait()
             if any(map(has_stock_state, self._cache.layers)):
                 return  # a pass that broke off has changed some windows and states already
-            if self._complete > self._writer.manifest.tokens:
-                self._submit(self._complete)
-                self._writer.wait()
+            for tokens in (self._complete, self._complete // self._grid * self._grid):
+                if tokens > self._writer.manifest.tokens:
+                    with contextlib.suppress(CacheStateError):  # its tail is overwritten
+                        self._submit(tokens)
+                        self._writer.wait()
 
     def _due(self) -> bool:
         if self._every.tokens is not None:

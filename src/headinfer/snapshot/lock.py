@@ -50,6 +50,7 @@ class WriterLock:
             self._take_over()
         except BaseException:
             os.close(self._descriptor)
+            self._descriptor = -1
             raise
 
     def release(self) -> None:

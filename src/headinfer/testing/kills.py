@@ -156,9 +156,7 @@ class Campaign:
             return _digest(self.model, cache)
 
     def _save(self) -> dict[str, Any]:
-        with headinfer.attach(
-            self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE
-        ) as run:
+        with headinfer.attach(self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE) as run:
             cache = run.new_cache()
             headinfer.prefill(self.model, self.ids[:, :TOKENS], cache)
             run.save(self.folder)

@@ -318,7 +318,7 @@ def test_a_folder_without_permission_is_named(
         return real(path, flags, *args, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(SnapshotWriteError, match="Permission denied.*get write permission"):
+    with pytest.raises(SnapshotWriteError, match=r"Permission denied.*get write permission"):
         headinfer.read_context(llama, ids, tmp_path / "a.ctx")
 
 

@@ -124,7 +124,7 @@ def test_a_file_system_without_locks_is_refused(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(SnapshotError, match="without locks .*Save to a local disk"):
+    with pytest.raises(SnapshotError, match=r"without locks .*Save to a local disk"):
         WriterLock(context)
 
 

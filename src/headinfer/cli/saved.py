@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,17 +201,18 @@ def _open(
         )
         begin(cache.get_seq_length(), cache.get_seq_length())
     else:
-        cache = headinfer.read_context(
-            model,
-            framed.document.ids,
-            folder,
-            tokenizer=tokenizer,
-            checkpoint_every=disk.every,
-            restart=disk.restart,
-            other_versions=disk.other_versions,
-            on_start=begin,
-            prompt=framed.prompt,
-        )
+        with _interruptions_explained(folder):
+            cache = headinfer.read_context(
+                model,
+                framed.document.ids,
+                folder,
+                tokenizer=tokenizer,
+                checkpoint_every=disk.every,
+                restart=disk.restart,
+                other_versions=disk.other_versions,
+                on_start=begin,
+                prompt=framed.prompt,
+            )
         if framed.question is None:
             bar.close()
             print_note(
@@ -219,6 +221,23 @@ def _open(
             )
     tokens = cache.get_seq_length()
     return cache, {"path": str(folder), "tokens": tokens, "tokens_there_before": there[0]}
+
+
+@contextlib.contextmanager
+def _interruptions_explained(folder: Path) -> Iterator[None]:
+    """Say what was kept when somebody stops the reading."""
+    from headinfer.snapshot import Manifest, exists
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if exists(folder):
+            found = Manifest.read(folder)
+            print_note(
+                f"{found.tokens:,} of {found.wanted_tokens:,} tokens are in {folder}: the same "
+                "command goes on from there"
+            )
+        raise
 
 
 def _answer(

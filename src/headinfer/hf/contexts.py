@@ -98,8 +98,9 @@ def save_context(
         SnapshotLocked: another process writes to it.
         SnapshotWriteError: the disk is full, or there is no permission.
     """
-    folder, tokens = Path(path), cache.get_seq_length()
-    if not isinstance(cache, HeadCache) or not tokens:
+    folder = Path(path)
+    tokens = cache.get_seq_length() if isinstance(cache, HeadCache) else 0
+    if not tokens:
         raise CacheStateError("there is nothing to save: give a HeadCache that holds tokens")
     if cache.log.passing and any(map(has_stock_state, cache.layers)):
         raise CacheStateError(
@@ -199,6 +200,12 @@ def new_writer(folder: Path, first: Manifest, lock: WriterLock, needed_bytes: in
     Raises:
         SnapshotWriteError: there is no room for `needed_bytes`.
     """
+    check_room(folder, needed_bytes)
+    return ContextWriter(folder, first, lock, (b"", b""))
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raises SnapshotWriteError if `folder` has no room for `needed_bytes` more."""
     free = durable.free_bytes(folder)
     if needed_bytes > free:
         raise SnapshotWriteError(
@@ -208,7 +215,6 @@ def new_writer(folder: Path, first: Manifest, lock: WriterLock, needed_bytes: in
             path=str(folder),
             code=errno.ENOSPC,
         )
-    return ContextWriter(folder, first, lock, (b"", b""))
 
 
 def first_manifest(
@@ -303,16 +309,19 @@ def _writer_for(
             chunk_tokens=0 if plan is None else plan.chunk_tokens,
             kv_format=cache.backing.options.kv_format,
         )
-        return new_writer(folder, first, lock, held_bytes(cache, tokens, first.rows)), False
+        needed = disk_bytes(model, cache, tokens, rows=first.rows)
+        return new_writer(folder, first, lock, needed), False
     except BaseException:
         lock.release()
         raise
 
 
-def held_bytes(cache: HeadCache, tokens: int, rows: int) -> int:
+def disk_bytes(model: PreTrainedModel, cache: HeadCache, tokens: int, *, rows: int) -> int:
     """What `tokens` tokens of a cache take on disk, nearly."""
     geometry = cache.backing.geometry
-    return 0 if geometry is None else geometry.kv_bytes(tokens, batch=rows)
+    if geometry is None:
+        return 0
+    return replace(geometry, itemsize=model.dtype.itemsize).kv_bytes(tokens, batch=rows)
 
 
 def _check_same_way(cache: HeadCache, manifest: Manifest, folder: Path, saved_ids: Any) -> None:

@@ -29,8 +29,9 @@ from headinfer.hf.collect import collect, has_stock_state
 from headinfer.hf.contexts import (
     Folder,
     Saved,
+    check_room,
+    disk_bytes,
     first_manifest,
-    held_bytes,
     new_cache,
     new_writer,
     prepare_folder,
@@ -188,7 +189,7 @@ class _Reading:
             chunk_tokens=self.chunk,
             kv_format=self.cache.backing.options.kv_format,
         )
-        needed = held_bytes(self.cache, self.total, first.rows)
+        needed = disk_bytes(self.model, self.cache, self.total, rows=first.rows)
         return new_writer(self.folder, replace(first, prompt=prompt), lock, needed)
 
     def read(self, writer: ContextWriter, every: Every) -> None:
@@ -233,10 +234,10 @@ class _Reading:
             records = [replace(layer, cuts=(0,), room=0) for layer in manifest.layers]
             writer.shorten(keep, {}, records)
             context = Context(self.folder)
-        free, held = durable.free_bytes(self.folder), held_bytes
-        needed = held(self.cache, self.total - keep, manifest.rows)
-        if needed > free:
-            new_writer(self.folder, writer.manifest, lock, needed)  # says so
+        check_room(
+            self.folder,
+            disk_bytes(self.model, self.cache, self.total - keep, rows=manifest.rows),
+        )
         if context.manifest.tokens:
             restore(self.model, self.cache, context, verify="lazy")
         wanted = replace(writer.manifest, wanted_tokens=self.total, prompt=prompt)

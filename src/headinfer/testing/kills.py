@@ -262,8 +262,9 @@ def _digest(model: Any, cache: Any) -> dict[str, Any]:
     for layer in cache.layers:
         gather = getattr(layer, "gather", None)
         for values in (False, True):
-            whole = (layer.values if values else layer.keys) if gather is None else None
-            part = gather(tokens, values=values) if gather is not None else whole
+            part: Any = layer.values if values else layer.keys
+            if gather is not None:
+                part = gather(tokens, values=values)
             found.update(part.contiguous().numpy().tobytes())
     found.update(cache.token_ids.numpy().tobytes())
     with torch.no_grad():

@@ -85,11 +85,11 @@ def show(context: Folder, as_json: opt.AsJson = False) -> None:
 @app.command("verify", help=prose.CONTEXTS_VERIFY)
 def verify(context: Folder, as_json: opt.AsJson = False) -> None:
     """Compare every byte with its checksum."""
-    from headinfer.snapshot import Context
+    from headinfer.snapshot import Context, size_of
 
     folder = Path(context).expanduser()
     found = Context(folder)
-    with working(f"reading {format_bytes(_size(folder))}"):
+    with working(f"reading {format_bytes(size_of(folder))}"):
         for _ in found.check_all():
             pass
     if as_json:
@@ -101,10 +101,10 @@ def verify(context: Folder, as_json: opt.AsJson = False) -> None:
 @app.command("remove", help=prose.CONTEXTS_REMOVE)
 def remove(context: Folder) -> None:
     """Delete a context, and nothing else."""
-    from headinfer.snapshot import remove_context
+    from headinfer.snapshot import remove_context, size_of
 
     folder = Path(context).expanduser()
-    size = _size(folder)
+    size = size_of(folder)
     left = remove_context(folder)
     print_note(f"{folder} is removed, {format_bytes(size)}")
     if left:
@@ -112,7 +112,7 @@ def remove(context: Folder) -> None:
 
 
 def _told(folder: Path) -> dict[str, Any]:
-    from headinfer.snapshot import Manifest, owner_of
+    from headinfer.snapshot import Manifest, owner_of, size_of
 
     told: dict[str, Any] = {"path": str(folder)}
     try:
@@ -123,7 +123,7 @@ def _told(folder: Path) -> dict[str, Any]:
         **told,
         "tokens": manifest.tokens,
         "wanted_tokens": manifest.wanted_tokens,
-        "disk_bytes": _size(folder),
+        "disk_bytes": size_of(folder),
         "model": manifest.fingerprint.get("model"),
         "updated": manifest.updated,
         "writer_now": owner_of(folder),
@@ -149,10 +149,3 @@ def _said(name: str, value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return "nobody" if value is None else str(value)
-
-
-def _size(folder: Path) -> int:
-    """Bytes on disk, holes not counted."""
-    if not folder.is_dir():
-        return 0
-    return sum(item.stat().st_blocks * 512 for item in folder.iterdir() if item.is_file())

@@ -48,7 +48,7 @@ register()
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
+def _lasting() -> Iterator[None]:
     """What is stored outlives the call: no tensor of inference mode, which could not be written
     to outside it, and no part of a gradient's graph."""
     with torch.inference_mode(False), torch.no_grad():
@@ -108,7 +108,7 @@ class HeadLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         runner = self.backing.runner_for(key_states, value_states, self.index + 1)
         self._warn_if_long(key_states.shape[2])
-        with lasting():
+        with _lasting():
             self.length = runner.append(self.index, key_states, value_states)
         keys, values = self.keys, self.values
         if keys is None or values is None:
@@ -117,7 +117,7 @@ class HeadLayer(CacheLayerMixin):
 
     def attend(self, length: int, query: Query) -> Tensor:
         """Attention over the first `length` tokens, [b, t, h, d]."""
-        with lasting():  # staging slots are written to in every pass
+        with _lasting():  # staging slots are written to in every pass
             return self._runner().attend(self.index, length, query)
 
     def gather(self, length: int, *, values: bool) -> Tensor:
@@ -156,7 +156,7 @@ class HeadLayer(CacheLayerMixin):
             return
         length = self.length + count if count < 0 else min(count, self.length)
         length = max(length, 0)
-        with lasting():
+        with _lasting():
             self._runner().crop(self.index, length)
         self.length = length
 
@@ -189,7 +189,7 @@ class HeadLayer(CacheLayerMixin):
 
     def _reorder(self, rows: Sequence[int]) -> None:
         if self.length:
-            with lasting():
+            with _lasting():
                 self._runner().reorder(self.index, rows)
 
     def _runner(self) -> Runner:
@@ -415,7 +415,7 @@ class HeadCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadCache:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        with lasting():
+        with _lasting():
             backing = self.backing.clone()
         memo[id(self.backing)] = backing
         for name, value in self.__dict__.items():

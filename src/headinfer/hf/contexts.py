@@ -194,13 +194,8 @@ def writer_of(context: Context, lock: WriterLock) -> ContextWriter:
     return ContextWriter(context.folder, context.manifest, lock, kept)
 
 
-def new_writer(folder: Path, first: Manifest, lock: WriterLock, needed_bytes: int) -> ContextWriter:
-    """Begins a context in `folder`, which is locked.
-
-    Raises:
-        SnapshotWriteError: there is no room for `needed_bytes`.
-    """
-    check_room(folder, needed_bytes)
+def new_writer(folder: Path, first: Manifest, lock: WriterLock) -> ContextWriter:
+    """Begins a context in `folder`, which is locked."""
     return ContextWriter(folder, first, lock, (b"", b""))
 
 
@@ -309,8 +304,8 @@ def _writer_for(
             chunk_tokens=0 if plan is None else plan.chunk_tokens,
             kv_format=cache.backing.options.kv_format,
         )
-        needed = disk_bytes(model, cache, tokens, rows=first.rows)
-        return new_writer(folder, first, lock, needed), False
+        check_room(folder, disk_bytes(model, cache, tokens, rows=first.rows))
+        return new_writer(folder, first, lock), False
     except BaseException:
         lock.release()
         raise

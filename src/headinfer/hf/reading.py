@@ -41,7 +41,7 @@ from headinfer.hf.fingerprint import check_fingerprint, fingerprint_of
 from headinfer.hf.prefill import chunk_of, prefill
 from headinfer.hf.restore import restore
 from headinfer.layout import BLOCK_TOKENS
-from headinfer.snapshot import Context, ContextWriter, WriterLock, durable, exists
+from headinfer.snapshot import Context, ContextWriter, WriterLock, durable, exists, size_of
 from headinfer.snapshot.manifest import NAME
 
 OnStart = Callable[[int, int], None]
@@ -179,8 +179,6 @@ class _Reading:
         """The writer; the cache holds what can be kept of what is there."""
         if exists(self.folder) and not restart:
             return self._go_on(lock, tokenizer, prompt, other_versions)
-        durable.remove(self.folder / NAME)
-        durable.sync_folder(self.folder)
         first = first_manifest(
             self.model,
             tokenizer,
@@ -190,7 +188,10 @@ class _Reading:
             kv_format=self.cache.backing.options.kv_format,
         )
         needed = disk_bytes(self.model, self.cache, self.total, rows=first.rows)
-        return new_writer(self.folder, replace(first, prompt=prompt), lock, needed)
+        check_room(self.folder, needed - size_of(self.folder))
+        durable.remove(self.folder / NAME)
+        durable.sync_folder(self.folder)
+        return new_writer(self.folder, replace(first, prompt=prompt), lock)
 
     def read(self, writer: ContextWriter, every: Every) -> None:
         """Read what is missing; a checkpoint whenever one is due, and at the end."""
@@ -229,15 +230,14 @@ class _Reading:
         if manifest.chunk_tokens and self.cache.backing.options.chunk_tokens is None:
             self.chunk = manifest.chunk_tokens  # another would round differently
         keep = self._kept_tokens(context)
+        missing = self.total - keep
+        needed = disk_bytes(self.model, self.cache, missing, rows=manifest.rows)
+        check_room(self.folder, needed)
         writer = writer_of(context, lock)
         if keep < manifest.tokens:
             records = [replace(layer, cuts=(0,), room=0) for layer in manifest.layers]
             writer.shorten(keep, {}, records)
             context = Context(self.folder)
-        check_room(
-            self.folder,
-            disk_bytes(self.model, self.cache, self.total - keep, rows=manifest.rows),
-        )
         if context.manifest.tokens:
             restore(self.model, self.cache, context, verify="lazy")
         wanted = replace(writer.manifest, wanted_tokens=self.total, prompt=prompt)

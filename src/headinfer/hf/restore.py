@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import SnapshotError
 from headinfer.heads import Guard, KVShape, Mapped, SavedLayer
-from headinfer.hf.cache import HeadCache, HeadLayer, lasting
+from headinfer.hf.cache import HeadCache, HeadLayer
 from headinfer.hf.collect import PADDING, has_stock_state
 from headinfer.hf.states import put_back
 from headinfer.hf.tokens import TokenLog
-from headinfer.layout import HeadGroup, Span
+from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span
 from headinfer.runner import Runner, Unfilled
 from headinfer.snapshot import Context, LayerRecord
 from headinfer.snapshot.mapping import PAGE, Piece, mapped, mappings_left
@@ -44,12 +44,19 @@ def restore(model: PreTrainedModel, cache: HeadCache, context: Context, *, verif
     """
     manifest = context.manifest
     _check_layers(cache, context)
+    stored = manifest.kv_format, manifest.block_tokens
+    wanted = cache.backing.options.kv_format, BLOCK_TOKENS
+    if stored != wanted:
+        raise SnapshotError(
+            f"{context.folder} is stored as {stored[0]} in blocks of {stored[1]} tokens, and this "
+            f"cache keeps {wanted[0]} in blocks of {wanted[1]}; use kv_format={stored[0]!r}"
+        )
     devices = layer_devices(model, len(cache.layers))
     geometry, first = cache.backing.geometry, devices[0]
     if geometry is None:
         raise SnapshotError("a cache without a config cannot hold a saved context")
     dtypes = [getattr(torch, layer.dtype) for layer in manifest.layers if layer.has_blocks]
-    with lasting():
+    with torch.inference_mode(False), torch.no_grad():  # what is stored outlives the call
         if dtypes:
             runner = cache.backing.begin(geometry, first, dtypes[0], batch=manifest.rows)
             _restore_blocks(runner, context, devices, verify)

@@ -12,11 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST_PARTS = 512
+"""Passes noted apart; more are joined."""
+
 
 class TokenLog:
     """Token ids and padding of what a cache holds.
 
     Attributes:
+        length: tokens noted.
         known: False once tokens came that nobody named (embeddings, another session's cache).
         passing: a forward pass has begun and not ended.
     """
@@ -24,12 +28,9 @@ class TokenLog:
     def __init__(self, ids: Tensor | None = None, mask: Tensor | None = None) -> None:
         self.known = True
         self.passing = False
+        self.length = 0 if ids is None else ids.shape[1]
         self._parts: list[Tensor] = [] if ids is None else [ids]
         self._mask = mask
-
-    @property
-    def length(self) -> int:
-        return sum(part.shape[1] for part in self._parts)
 
     def note(self, past: int, ids: Tensor | None, mask: Tensor | None) -> None:
         """A forward pass adds `ids` [b, t] to a cache that holds `past` tokens."""
@@ -39,9 +40,12 @@ class TokenLog:
         if not self.known or ids is None:
             return
         if past < self.length:  # the cache was cropped meanwhile
-            self._parts = [torch.cat(self._on_one_device(), dim=1)[:, :past]] if past else []
+            self._parts = [self._whole()[:, :past]] if past else []
         # Cloned: a slice would keep the whole text so far in memory, once per token.
         self._parts.append(ids.detach().clone())
+        self.length = past + ids.shape[1]
+        if len(self._parts) > MOST_PARTS:
+            self._parts = [self._whole()]
         if mask is not None and mask.ndim == 2:
             self._mask = mask
 
@@ -51,7 +55,7 @@ class TokenLog:
             return None
         if not self._parts:
             return torch.empty(0, 0, dtype=torch.long)
-        return torch.cat(self._on_one_device(), dim=1)[:, :length].cpu()
+        return self._whole()[:, :length].cpu()
 
     def padding(self, length: int) -> Tensor | None:
         """uint8 [b, t], 0 for padding, on the host; None without padding."""
@@ -67,14 +71,15 @@ class TokenLog:
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i is from now on what row `rows[i]` was."""
         if self._parts and self.known:
-            whole = torch.cat(self._on_one_device(), dim=1)
+            whole = self._whole()
             self._parts = [whole[torch.tensor(list(rows), device=whole.device)]]
         if self._mask is not None and self._mask.shape[0] > max(rows, default=0):
             self._mask = self._mask[torch.tensor(list(rows), device=self._mask.device)]
 
     def clear(self) -> None:
         """The cache is empty again."""
-        self.known, self.passing, self._parts, self._mask = True, False, [], None
+        self.known, self.passing, self.length = True, False, 0
+        self._parts, self._mask = [], None
 
-    def _on_one_device(self) -> list[Tensor]:
-        return [part.to(self._parts[-1].device) for part in self._parts]
+    def _whole(self) -> Tensor:
+        return torch.cat([part.to(self._parts[-1].device) for part in self._parts], dim=1)

@@ -8,11 +8,12 @@ layout.
 from __future__ import annotations
 
 from headinfer.snapshot import durable
+from headinfer.snapshot.blocks import Run
 from headinfer.snapshot.lock import WriterLock, owner_of
 from headinfer.snapshot.manifest import LayerRecord, Manifest, Stream, exists
 from headinfer.snapshot.reader import Context
-from headinfer.snapshot.removal import is_ours, remove_context
-from headinfer.snapshot.writer import ContextWriter, Run, Step
+from headinfer.snapshot.removal import is_ours, remove_context, size_of
+from headinfer.snapshot.writer import ContextWriter, Step
 
 __all__ = [
     "Context",
@@ -28,4 +29,5 @@ __all__ = [
     "is_ours",
     "owner_of",
     "remove_context",
+    "size_of",
 ]

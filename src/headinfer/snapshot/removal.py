@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removing a context: its own files, the manifest first, under the writer's lock."""
+"""Which files belong to a context, what they take, and removing them: the manifest first, under
+the writer's lock."""
 
 from __future__ import annotations
 
@@ -46,3 +47,10 @@ def remove_context(folder: Path) -> list[str]:
 def is_ours(name: str) -> bool:
     """Whether a file of this name in a context's folder belongs to it."""
     return name in NAMES or name.endswith(ENDINGS)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes a context takes on disk, holes not counted; 0 if there is none."""
+    if not folder.is_dir():
+        return 0
+    return sum(item.stat().st_blocks * 512 for item in folder.iterdir() if is_ours(item.name))

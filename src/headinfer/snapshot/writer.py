@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,42 +25,15 @@ from torch import Tensor
 
 from headinfer.layout import BLOCK_TOKENS, Span
 from headinfer.snapshot import durable
+from headinfer.snapshot.blocks import Bytes, Run, add_sums, on_host, pieces_of
 from headinfer.snapshot.lock import WriterLock
 from headinfer.snapshot.manifest import RUN_TOKENS, BlockFile, LayerRecord, Manifest, Stream
-from headinfer.snapshot.sums import SUMS, Running, block_sum, sha256
+from headinfer.snapshot.sums import SUMS, Running, sha256
 
 FILE_BYTES = 2**30
 """A block file grows to this, if a run of tokens of one layer is not larger."""
 
-COPY_BYTES = 16 * 2**20
-"""Keys and values that are not in host memory are brought there this much at a time."""
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
 SUMS_NAME, TOKENS_NAME = "sums.u32", "tokens.i32"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Keys and values [row, head, token, dim] of heads of one layer from token `start` on.
-
-    They stay unchanged until the step is over.
-    """
-
-    layer: int
-    head: int
-    start: int
-    k: Tensor
-    v: Tensor
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.k.shape[2]
-
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Of the tokens [start, stop), those that are here."""
-        here = slice(max(start - self.start, 0), stop - self.start)
-        return self.k[:, :, here], self.v[:, :, here]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +182,7 @@ class ContextWriter:
         old = self.manifest
         serial = old.serial + 1
         known = manifest.token_ids is not None if known is None else known
-        data = save({name: _on_host(tensor) for name, tensor in state.items()})
+        data = save({name: on_host(tensor) for name, tensor in state.items()})
         name = f"state-{serial:06d}.safetensors"
         durable.replace(self.folder / name, data)
         sums = Stream(SUMS_NAME, self._sums.nbytes, self._sums.hex)
@@ -250,9 +223,9 @@ class ContextWriter:
             while position < span.stop:
                 file = self._file_for(manifest, files, index, position, span.stop)
                 stop = min(span.stop, file.stop)
-                for start, head, k, v in _pieces(mine, Span(position, stop)):
+                for start, head, k, v in pieces_of(mine, Span(position, stop)):
                     self._write_piece(file, layer, manifest.rows, start, head, k, v)
-                    _add_sums(sums[start // BLOCK_TOKENS - first :, slots[index] + head :], k, v)
+                    add_sums(sums[start // BLOCK_TOKENS - first :, slots[index] + head :], k, v)
                 touched.add(file.name)
                 position = stop
         for name in sorted(touched):
@@ -337,56 +310,3 @@ class ContextWriter:
             ours = path.name.endswith((".kv", ".safetensors", durable.UNFINISHED))
             if ours and path.name not in named:
                 durable.remove(path)
-
-
-def _pieces(runs: Sequence[Run], span: Span) -> Iterator[tuple[int, int, Bytes, Bytes]]:
-    """Start, first head and bytes [row, head, token, byte] of `runs` within `span`, cut at whole
-    blocks; a block that several runs share is put together."""
-    for head in sorted({run.head for run in runs}):
-        mine = [run for run in runs if run.head == head]
-        position = span.start
-        while position < span.stop:
-            run = next(run for run in mine if run.start <= position < run.stop)
-            whole = (min(run.stop, span.stop) - position) // BLOCK_TOKENS * BLOCK_TOKENS
-            if whole:
-                whole = min(whole, _step_tokens(run))
-                k, v = run.part(position, position + whole)
-            else:
-                whole = BLOCK_TOKENS
-                parts = [
-                    other.part(position, position + whole)
-                    for other in sorted(mine, key=lambda run: run.start)
-                    if other.start < position + whole and position < other.stop
-                ]
-                k = torch.cat([_on_host(part[0]) for part in parts], dim=2)
-                v = torch.cat([_on_host(part[1]) for part in parts], dim=2)
-            yield position, head, _bytes(k), _bytes(v)
-            position += whole
-
-
-def _step_tokens(run: Run) -> int:
-    if run.k.device.type == "cpu":
-        return run.stop
-    per_token = (run.k[:, :, :1].numel() + run.v[:, :, :1].numel()) * run.k.element_size()
-    return max(COPY_BYTES // per_token // BLOCK_TOKENS, 1) * BLOCK_TOKENS
-
-
-def _add_sums(sums: np.ndarray[Any, Any], k: Bytes, v: Bytes) -> None:
-    for block in range(k.shape[2] // BLOCK_TOKENS):
-        span = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
-        for head in range(k.shape[1]):
-            sums[block, head] = block_sum(k[:, head, span], v[:, head, span])
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _bytes(tensor: Tensor) -> Bytes:
-    found = tensor.detach().cpu()
-    if not found.numel():
-        return np.empty(found.shape, dtype=np.uint8)
-    if found.stride(-1) != 1 or found.stride(-2) != found.shape[-1]:
-        found = found.contiguous()
-    array: Bytes = found.view(torch.uint8).numpy()
-    return array

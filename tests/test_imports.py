@@ -38,7 +38,8 @@ def test_the_public_names_are_these() -> None:
     errors = [name for name in headinfer.__all__ if isinstance(getattr(headinfer, name), type)]
     errors = [name for name in errors if issubclass(getattr(headinfer, name), Exception)]
     names = (
-        "Geometry HeadCache MemoryBudget Plan Session __version__ attach doctor plan_for prefill"
+        "Geometry HeadCache MemoryBudget Plan Session __version__ attach doctor load_context plan_for "
+        "prefill read_context save_context"
     )
     assert sorted(set(headinfer.__all__) - set(errors)) == names.split()
     assert {"HeadInferError", "InputError", "PlanError", "BudgetTooSmall"} <= set(errors)

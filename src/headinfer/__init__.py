@@ -18,6 +18,11 @@ from headinfer.errors import (
     HeadInferError,
     InputError,
     PlanError,
+    SnapshotCorrupt,
+    SnapshotError,
+    SnapshotLocked,
+    SnapshotMismatch,
+    SnapshotWriteError,
     TierClosed,
     TierError,
     TierFull,
@@ -31,8 +36,10 @@ from headinfer.plan import Plan
 if TYPE_CHECKING:
     from headinfer.hf.attach import Session, attach, plan_for
     from headinfer.hf.cache import HeadCache
+    from headinfer.hf.contexts import load_context, save_context
     from headinfer.hf.doctor import doctor
     from headinfer.hf.prefill import prefill
+    from headinfer.hf.reading import read_context
 
 __version__ = "0.1.0"
 
@@ -48,6 +55,11 @@ __all__ = [
     "Plan",
     "PlanError",
     "Session",
+    "SnapshotCorrupt",
+    "SnapshotError",
+    "SnapshotLocked",
+    "SnapshotMismatch",
+    "SnapshotWriteError",
     "TierClosed",
     "TierError",
     "TierFull",
@@ -57,8 +69,11 @@ __all__ = [
     "__version__",
     "attach",
     "doctor",
+    "load_context",
     "plan_for",
     "prefill",
+    "read_context",
+    "save_context",
 ]
 
 # transformers takes seconds to import: only these names need it, and load it on first use.
@@ -67,8 +82,11 @@ _LAZY = {
     "Session": "headinfer.hf.attach",
     "attach": "headinfer.hf.attach",
     "doctor": "headinfer.hf.doctor",
+    "load_context": "headinfer.hf.contexts",
     "plan_for": "headinfer.hf.attach",
     "prefill": "headinfer.hf.prefill",
+    "read_context": "headinfer.hf.reading",
+    "save_context": "headinfer.hf.contexts",
 }
 
 

@@ -13,6 +13,11 @@
     ├── TierError (RuntimeError)        memory of a tier
     │   ├── TierFull                    ... is used up; carries the numbers
     │   └── TierClosed                  ... was used after close
+    ├── SnapshotError (RuntimeError)    a saved context
+    │   ├── SnapshotMismatch            ... was made by another model; carries what differs
+    │   ├── SnapshotCorrupt             ... is damaged; names the file
+    │   ├── SnapshotLocked              ... is being written by another process
+    │   └── SnapshotWriteError          ... could not be written; what was durable stays
     └── TransferError (RuntimeError)    a copy between tiers did not complete
 
 Messages have four parts: what was asked, the numbers, why it cannot be, what to do.
@@ -123,3 +128,51 @@ class TierClosed(TierError):
 
 class TransferError(HeadInferError, RuntimeError):
     """A copy between tiers did not complete, or was waited for too long."""
+
+
+class SnapshotError(HeadInferError, RuntimeError):
+    """A saved context cannot be used as asked."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """A saved context does not belong to this model.
+
+    Attributes:
+        differences: name, value when saved, value here.
+    """
+
+    def __init__(
+        self, message: str, *, differences: Sequence[tuple[str, object, object]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class SnapshotCorrupt(SnapshotError):
+    """Bytes of a saved context are not those that were written.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class SnapshotLocked(SnapshotError):
+    """Another process writes to this context."""
+
+
+class SnapshotWriteError(SnapshotError):
+    """A saved context could not be written; it is still what it was when last durable.
+
+    Attributes:
+        path: the file.
+        code: the system's error number; 0 if it gave none.
+    """
+
+    def __init__(self, message: str, *, path: str, code: int) -> None:
+        super().__init__(message)
+        self.path = path
+        self.code = code

@@ -58,6 +58,10 @@ class PrefillClock:
     _seconds: float = 0.0
     _rows: list[tuple[float, float, float]] = field(default_factory=list)
 
+    def resume(self, done_tokens: int) -> None:
+        """The first `done_tokens` were there already and took no time."""
+        self._done = done_tokens
+
     def observe(self, done_tokens: int, seconds: float) -> None:
         """Record that `done_tokens` in all were finished `seconds` after the start."""
         new = done_tokens - self._done

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, of_group
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, SavedLayer, of_group
 from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
@@ -60,6 +60,8 @@ class Runner:
         self._near_now = False
         self._current: Layer | None = None
         self.demoted_heads = 0
+        self.before_change: Callable[[], None] = _nothing
+        """Called before stored tokens change or go, for others who read them."""
 
     def append(self, index: int, k: Tensor, v: Tensor) -> int:
         """Store k [b, h, t, d], v [b, h, t, e] of layer `index`; returns its new length.
@@ -73,7 +75,8 @@ class Runner:
         k, v = k.detach(), v.detach()
         layer = self.layers.get(index)
         if layer is None:
-            layer = self.layers[index] = self._new_layer(index, k, v)
+            shape = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
+            layer = self.layers[index] = self._new_layer(index, shape, k.device)
         check_fits(layer, k, v)
         self._forget_recent()
         self._current = layer
@@ -89,6 +92,39 @@ class Runner:
                     heads.crop(before)
             raise
         return layer.length
+
+    def restore(self, index: int, saved: SavedLayer) -> list[Unfilled]:
+        """A layer that is not there yet holds saved tokens, in memory that the caller fills where
+        it is not mapped.
+
+        Raises:
+            TierFull: a budget does not allow it; the layer is not there.
+        """
+        layer = self._new_layer(index, saved.shape, saved.device)
+        self.layers[index] = layer
+        found: list[Unfilled] = []
+        try:
+            for place in range(len(layer.ranges)):
+                views = self._restore_range(layer, place, saved)
+                if views is not None:
+                    found.append(Unfilled(layer.ranges[place].heads, *views))
+        except BaseException:
+            self.drop(index)
+            raise
+        return found
+
+    def _restore_range(
+        self, layer: Layer, place: int, saved: SavedLayer
+    ) -> tuple[Tensor, Tensor] | None:
+        heads = layer.ranges[place]
+        try:
+            return heads.restore(saved)
+        except TierFull as full:
+            if full.tier != DeviceTier.name:
+                raise
+        below = layer.ranges[place] = self._offloaded(layer.shape, layer.device, heads.heads)
+        self.demoted_heads += heads.heads.heads
+        return below.restore(saved)
 
     def _append_to(self, layer: Layer, place: int, k: Tensor, v: Tensor) -> None:
         heads = layer.ranges[place]
@@ -106,6 +142,7 @@ class Runner:
 
     def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
         """Resident heads go to host memory, and stay there; takes as long as copying them."""
+        self.before_change()
         below = self._offloaded(layer.shape, layer.device, heads.heads)
         try:
             for piece in heads.pieces(heads.store.length):
@@ -315,12 +352,18 @@ class Runner:
         return found
 
     @property
+    def links(self) -> list[Link]:
+        """One per compute device."""
+        return list(self._links.values())
+
+    @property
     def pin_failure(self) -> str | None:
         """Why host memory could not be page-locked; None when it is, or need not be."""
         return None if self._host is None else self._host.pin_failure
 
     def _settle(self) -> None:
         """What is stored is about to change other than by appending."""
+        self.before_change()
         self._forget_recent()
         self._current = None
         self._settle_ring()
@@ -344,9 +387,8 @@ class Runner:
             )
         return layer
 
-    def _new_layer(self, index: int, k: Tensor, v: Tensor) -> Layer:
-        shape = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
-        self._prepare_device(k.device)
+    def _new_layer(self, index: int, shape: KVShape, device: torch.device) -> Layer:
+        self._prepare_device(device)
         settings, count = self.settings, shape.num_kv_heads
         resident = count
         if settings.staging:
@@ -355,7 +397,7 @@ class Runner:
         ranges: list[DirectHeads | OffloadedHeads] = []
         if resident:
             # Without staging the tier compute reads in place is host memory itself.
-            tier = self._device_tier(k.device) if settings.staging else self._host_tier()
+            tier = self._device_tier(device) if settings.staging else self._host_tier()
             ranges.append(
                 DirectHeads(
                     tier,
@@ -365,8 +407,8 @@ class Runner:
                 )
             )
         if resident < count:
-            ranges.append(self._offloaded(shape, k.device, HeadGroup(resident, count)))
-        layer = Layer(index, shape, k.device, ranges)
+            ranges.append(self._offloaded(shape, device, HeadGroup(resident, count)))
+        layer = Layer(index, shape, device, ranges)
         self._share_out(layer)
         return layer
 
@@ -444,6 +486,18 @@ class Runner:
             limit = self.settings.resident_bytes
             self._device_tiers[device] = DeviceTier(device, limit)
         return self._device_tiers[device]
+
+
+class Unfilled(NamedTuple):
+    """Heads whose saved keys and values k, v [h, b, t, d] have yet to be read."""
+
+    heads: HeadGroup
+    k: Tensor
+    v: Tensor
+
+
+def _nothing() -> None:
+    pass
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

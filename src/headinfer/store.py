@@ -176,6 +176,32 @@ class SpanStore:
         # Stored tokens never change in place, so tiles staged before stay good: no new epoch.
         self.stored = self.length - append.tail_after
 
+    def restore(
+        self, tokens: int, *, batch: int, cuts: Sequence[int] = (0,), room: int = 0
+    ) -> Segment:
+        """`tokens` tokens, whole blocks, come back into an empty ledger, in one memory that the
+        segment returned names; attended in runs that begin at `cuts`, the last with room up to
+        token `room`, as they were before."""
+        append = self.prepare_append(tokens, batch=batch)
+        self.commit_append(append, batch=batch)
+        whole = self.segments[0]
+        if not self.reserved:
+            whole = self.segments[0] = replace(whole, capacity=max(whole.capacity, room))
+        starts = [0, *(cut for cut in sorted(set(cuts)) if 0 < cut < tokens)]
+        stops = [*starts[1:], whole.start + whole.capacity]
+        if self.block_tokens == 1:
+            self.segments = [
+                replace(
+                    whole,
+                    start=start,
+                    offset=start,
+                    capacity=stop - start,
+                    filled=min(stop, tokens) - start,
+                )
+                for start, stop in zip(starts, stops, strict=True)
+            ]
+        return whole
+
     def prepare_crop(self, length: int) -> Crop:
         """What to do to keep only `[0, length)`; changes nothing.
 

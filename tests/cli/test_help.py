@@ -13,7 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "cli_help.txt"
-COMMANDS = ("demo", "run", "plan", "doctor", "bench")
+COMMANDS = (
+    "demo",
+    "run",
+    "plan",
+    "doctor",
+    "bench",
+    "contexts",
+    "contexts list",
+    "contexts show",
+    "contexts verify",
+    "contexts remove",
+)
 
 Program = Any
 
@@ -36,7 +47,7 @@ def test_no_command_shows_help(headinfer: Program) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(headinfer: Program, command: str) -> None:
-    result = headinfer(command, "--help")
+    result = headinfer(*command.split(), "--help")
     assert result.status == 0
     assert f"headinfer {command}" in result.out
     assert "Examples" in result.out

@@ -9,11 +9,12 @@ import typer
 
 import headinfer
 from headinfer.cli import bench as benchmarks
+from headinfer.cli import contexts, prose, saved
 from headinfer.cli import demo as story
 from headinfer.cli import options as opt
-from headinfer.cli import prose
 from headinfer.cli.job import Job, Memory
 from headinfer.cli.program import FAILED, Program, exit_on_terminate
+from headinfer.errors import InputError
 
 app = typer.Typer(
     cls=Program,
@@ -23,6 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(benchmarks.app, name="bench")
+
+
+app.add_typer(contexts.app, name="contexts")
 
 
 def main() -> None:
@@ -91,6 +95,7 @@ def demo(
 @app.command(help=prose.RUN)
 def run(
     model: opt.Model,
+    file: opt.File = None,
     prompt_file: opt.PromptFile = None,
     prompt: opt.Prompt = None,
     question: opt.Question = None,
@@ -108,6 +113,12 @@ def run(
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
     on_unsupported: opt.OnUnsupportedOption = opt.OnUnsupported.error,
+    save: opt.Save = None,
+    context: opt.Context = None,
+    append: opt.Append = False,
+    checkpoint_every: opt.CheckpointEvery = "30s",
+    restart: opt.Restart = False,
+    other_versions: opt.OtherVersions = False,
     device: opt.Device = None,
     dtype: opt.DtypeOption = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -115,11 +126,18 @@ def run(
 ) -> None:
     """Ask a model about a text."""
     from headinfer.cli.job import execute, print_comparison, print_json
-    from headinfer.cli.prompt import read_prompt
+    from headinfer.cli.prompt import one_file, read_prompt
 
+    disk = saved.OnDisk(save, context, append, checkpoint_every, restart, other_versions)
+    name = one_file(file, prompt_file)
+    has_text = name is not None or prompt is not None
+    saved.check(disk, has_text=has_text, question=question, num_beams=num_beams)
+    text = None if disk.context is not None else read_prompt(name, prompt, question)
+    if disk.save is not None and text is None:
+        raise InputError("--save needs a text to read: name a FILE, or give --prompt TEXT")
     job = Job(
         model=model,
-        text=read_prompt(prompt_file, prompt, question),
+        text=text,
         question=question,
         max_new_tokens=max_new_tokens,
         memory=Memory(gpu_memory, host_memory, chunk_tokens, on_unsupported.value),
@@ -139,7 +157,7 @@ def run(
         beyond=allow_beyond_positions,
         as_json=as_json,
     )
-    outcome = execute(job)
+    outcome = saved.execute(job, disk) if disk.wanted else execute(job)
     if as_json:
         print_json(outcome.as_dict())
     else:

@@ -129,6 +129,7 @@ class PrefillBar:
     def __init__(self, total_tokens: int) -> None:
         self._clock = PrefillClock(total_tokens)
         self._total = total_tokens
+        self._resumed = 0
         self._started = time.perf_counter()
         self._progress = Progress(
             TextColumn("reading"),
@@ -144,6 +145,12 @@ class PrefillBar:
             "", total=total_tokens, rate="", eta=None, at=self._started
         )
         self._open = False
+
+    def resume(self, done_tokens: int) -> None:
+        """The first `done_tokens` need not be read again."""
+        self._resumed = done_tokens
+        self._clock.resume(done_tokens)
+        self._progress.update(self._task, completed=done_tokens)
 
     def __enter__(self) -> PrefillBar:
         self._started = time.perf_counter()
@@ -166,7 +173,7 @@ class PrefillBar:
         self._progress.update(
             self._task,
             completed=min(done, self._total),
-            rate=f"{done / max(now - self._started, 1e-9):,.0f} tokens/s",
+            rate=f"{(done - self._resumed) / max(now - self._started, 1e-9):,.0f} tokens/s",
             eta=self._clock.eta_s(),
             at=now,
         )
@@ -179,7 +186,7 @@ class PrefillBar:
         self._progress.stop()
         if not stderr.is_terminal and self._clock.done_tokens >= self._total:
             seconds = time.perf_counter() - self._started
-            print_note(f"read {self._total:,} tokens in {seconds:.1f} s")
+            print_note(f"read {self._total - self._resumed:,} tokens in {seconds:.1f} s")
 
 
 class AnswerStream:

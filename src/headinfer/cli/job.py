@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished job: decided and measured, never mixed.
+    """A finished job: decided and measured, never mixed; `context` if it was on disk.
 
     `predicted` is None where the machine's rates are not known: `headinfer doctor --probe`.
     """
@@ -82,6 +82,7 @@ class Outcome:
     headwise: Run
     resident: Run | None
     predicted: Prediction | None = None
+    context: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -107,6 +108,8 @@ class Outcome:
                 "prefill_limit": self.predicted.prefill_limit,
                 "decode_limit": self.predicted.decode_limit,
             }
+        if self.context is not None:
+            found["context"] = self.context
         if self.resident is not None:
             found["resident"] = {
                 "answer": self.resident.answer.text,
@@ -134,7 +137,7 @@ def execute(job: Job) -> Outcome:
     from headinfer.hf.generate import Sampling, build_prompt, check_positions, tokens_around
 
     sampling = Sampling(**job.sampling)
-    model, tokenizer, load_s = _load(job)
+    model, tokenizer, load_s = load(job)
     prompt = build_prompt(tokenizer, job.text, job.question, chat=job.chat)
     if not job.beyond:
         check_positions(
@@ -170,7 +173,8 @@ def print_json(found: Mapping[str, Any]) -> None:
     write_answer(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _load(job: Job) -> tuple[Any, Any, float]:
+def load(job: Job) -> tuple[Any, Any, float]:
+    """Model, tokenizer, and the seconds they took."""
     from headinfer.hf.load import load_model
 
     started = time.perf_counter()

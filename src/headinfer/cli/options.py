@@ -20,6 +20,7 @@ class OnUnsupported(enum.StrEnum):
 
 
 MODEL, PROMPT, GENERATION, MEMORY, OUTPUT = "Model", "Prompt", "Generation", "Memory", "Output"
+DISK = "On disk"
 
 
 class Dtype(enum.StrEnum):
@@ -145,6 +146,14 @@ PromptFile = Annotated[
         rich_help_panel=PROMPT,
     ),
 ]
+File = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[FILE]",
+        help="UTF-8 text to read, as with --prompt-file.",
+        show_default=False,
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="The text itself.", rich_help_panel=PROMPT),
@@ -242,6 +251,54 @@ OnUnsupportedOption = Annotated[
         help="A model that computes attention in code of its own: refuse it, or give it whole "
         "layers, one at a time.",
         rich_help_panel=MEMORY,
+    ),
+]
+Save = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Read the text into a context on disk, before any question; run again after an "
+        "interruption, it goes on where it was.",
+        show_default=False,
+        rich_help_panel=DISK,
+    ),
+]
+Context = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Ask about a context read with --save, which stays as it is.",
+        show_default=False,
+        rich_help_panel=DISK,
+    ),
+]
+Append = Annotated[
+    bool,
+    typer.Option(
+        "--append",
+        help="With --context: question and answer stay in it.",
+        rich_help_panel=DISK,
+    ),
+]
+CheckpointEvery = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME|N",
+        help="With --save: how often what was read becomes durable, as a time (30s, 5m) or in "
+        "tokens.",
+        rich_help_panel=DISK,
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option("--restart", help="With --save: forget what is there.", rich_help_panel=DISK),
+]
+OtherVersions = Annotated[
+    bool,
+    typer.Option(
+        "--other-versions",
+        help="Accept a context that other versions of torch or transformers computed.",
+        rich_help_panel=DISK,
     ),
 ]
 

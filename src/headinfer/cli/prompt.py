@@ -26,6 +26,17 @@ def read_prompt(file: str | None, text: str | None, question: str | None) -> str
     return _piped(question)
 
 
+def one_file(argument: str | None, option: str | None) -> str | None:
+    """The prompt's file, named as an argument or with --prompt-file.
+
+    Raises:
+        InputError: both ways.
+    """
+    if argument is not None and option is not None:
+        raise InputError(f"{argument} and --prompt-file {option} were both given; use one of them")
+    return option if argument is None else argument
+
+
 def _piped(question: str | None) -> str | None:
     """Standard input if something is piped into it, which an empty one is not."""
     if not sys.stdin.isatty():

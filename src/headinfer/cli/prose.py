@@ -45,13 +45,17 @@ DEMO = _help(
 
 RUN = _help(
     "Ask a model about a text, or let it continue one.",
-    "The text comes from --prompt-file, --prompt or standard input. With a question, both go into "
+    "The text comes from FILE, --prompt or standard input. With a question, both go into "
     "the tokenizer's chat template if there is one. Greedy unless --do-sample is given. Ctrl-C "
     "stops cleanly with exit status 130.",
     examples=(
         'headinfer run ./MODEL --prompt-file BOOK.txt --question "Who keeps it?"',
         "headinfer run MODEL.gguf --prompt-file BOOK.txt --raw",
         'cat BOOK.txt | headinfer run demo --question "What is it about?" --json',
+        "headinfer run ./MODEL BOOK.txt --save BOOK.ctx",
+        "    read once, durably; interrupted, the same line goes on",
+        'headinfer run ./MODEL --context BOOK.ctx --question "Who keeps it?"',
+        "    ask without reading again",
     ),
 )
 
@@ -113,4 +117,35 @@ BENCH_PLOT = _help(
     "Draw time per token, time of a prefill and peak memory over the context, as PNG and SVG.",
     "Needs matplotlib (the extra headinfer\\[bench]) and no torch.",
     examples=("headinfer bench plot results.json --out plots",),
+)
+
+CONTEXTS = _help(
+    "Look after contexts that run --save made.",
+    "A context is a folder; moving or copying it is enough to move or copy the context.",
+    examples=(
+        "headinfer contexts list",
+        "headinfer contexts verify BOOK.ctx",
+    ),
+)
+
+CONTEXTS_LIST = _help(
+    "List the contexts in a folder: tokens, bytes on disk, model, last change, and who writes.",
+    examples=("headinfer contexts list", "headinfer contexts list BOOKS --json"),
+)
+
+CONTEXTS_SHOW = _help(
+    "Say what a context holds and which model it belongs to.",
+    examples=("headinfer contexts show BOOK.ctx",),
+)
+
+CONTEXTS_VERIFY = _help(
+    "Read a whole context and compare it with its checksums.",
+    "Exit status 1 and the file, layer, head and tokens if something is not what was written.",
+    examples=("headinfer contexts verify BOOK.ctx",),
+)
+
+CONTEXTS_REMOVE = _help(
+    "Delete a context. Other files in its folder stay, and so does the folder then.",
+    "Refused while a process writes to it; processes that read it go on.",
+    examples=("headinfer contexts remove BOOK.ctx",),
 )

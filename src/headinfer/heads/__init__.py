@@ -9,7 +9,18 @@ tokens wait in a tail on the compute device and go down in whole blocks. Neither
 from __future__ import annotations
 
 from headinfer.heads.direct import DirectHeads
-from headinfer.heads.memory import KVShape, Piece, of_group
+from headinfer.heads.memory import Adopt, Guard, KVShape, Mapped, Piece, SavedLayer, of_group
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
 
-__all__ = ["DirectHeads", "KVShape", "OffloadedHeads", "Piece", "WriteBuffers", "of_group"]
+__all__ = [
+    "Adopt",
+    "DirectHeads",
+    "Guard",
+    "KVShape",
+    "Mapped",
+    "OffloadedHeads",
+    "Piece",
+    "SavedLayer",
+    "WriteBuffers",
+    "of_group",
+]

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import TierFull
-from headinfer.heads.memory import KVShape, Piece, SegmentMemory, pieces_of
+from headinfer.heads.memory import (
+    EVERYTHING,
+    KVShape,
+    Piece,
+    SavedLayer,
+    SegmentMemory,
+    pieces_of,
+)
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span
 from headinfer.store import SpanStore
 from headinfer.tiers import Tier
@@ -56,6 +63,7 @@ class DirectHeads:
 
     def pieces(self, length: int) -> Iterator[Piece]:
         """Everything in [0, length), in place; only reordered rows are gathered."""
+        self._memory.check(self.heads, Span(0, length))
         for run in self.store.runs(Span(0, length)):
             _, k, v = self._memory.segments[run.key]
             yield from pieces_of(run, k, v, self.shape)
@@ -65,7 +73,40 @@ class DirectHeads:
         self.store.commit_crop(crop)
         self._memory.free(crop.free)
 
+    def stored_pieces(self, span: Span) -> list[Piece]:
+        """The tokens of `span`, which stay unchanged until something other than `append`."""
+        self._memory.check(self.heads, span)
+        found: list[Piece] = []
+        for run in self.store.runs(span):
+            _, k, v = self._memory.segments[run.key]
+            found += pieces_of(run, k, v, self.shape)
+        return found
+
+    def unfinished(self, span: Span) -> Piece:
+        """A copy of the tokens of `span`, the youngest."""
+        pieces = self.stored_pieces(span)
+        k = torch.cat([piece.k for piece in pieces], dim=2)
+        v = torch.cat([piece.v for piece in pieces], dim=2)
+        return Piece(span.start, k, v)
+
+    def restore(self, saved: SavedLayer) -> tuple[Tensor, Tensor] | None:
+        """Saved tokens are stored again; what k, v [h, b, t, d] are left to be filled, if any."""
+        segment = self.store.restore(
+            saved.tokens, batch=saved.batch, cuts=saved.cuts, room=saved.room
+        )
+        try:
+            mapped = self._memory.restore(segment, saved.adopt)
+        except BaseException:
+            self.store.clear()
+            raise
+        if mapped:
+            self._memory.guard = saved.guard
+            return None
+        _, k, v = self._memory.segments[segment.key]
+        return k[:, :, : saved.tokens], v[:, :, : saved.tokens]
+
     def reorder(self, index: Sequence[int]) -> None:
+        self._memory.check(self.heads, EVERYTHING)
         self.store.reorder(index)
         for segment in list(self.store.segments):
             same_batch = segment.row_map is not None and segment.rows == len(segment.row_map)

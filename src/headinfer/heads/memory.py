@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headinfer.errors import TierFull
-from headinfer.layout import Extent, HeadGroup, aligned
+from headinfer.layout import Extent, HeadGroup, Span, aligned
 from headinfer.store import Run, Segment
-from headinfer.tiers import Tier
+from headinfer.tiers import HostTier, Tier
 
 GATHER_BYTES = 32 * 2**20
 """Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
+
+
+EVERYTHING = Span(0, 2**62)
 
 
 class KVShape(NamedTuple):
@@ -71,14 +74,57 @@ def pieces_of(run: Run, k: Tensor, v: Tensor, shape: KVShape) -> Iterator[Piece]
         )
 
 
+class Mapped(NamedTuple):
+    """Saved keys and values [heads, rows, capacity, dim] in memory that the system fills from
+    files; `own_bytes` of it are host memory like any other."""
+
+    memory: Tensor
+    k: Tensor
+    v: Tensor
+    own_bytes: int
+
+
+Adopt = Callable[[HeadGroup, int], Mapped | None]
+"""For heads and the tokens there has to be room for: their memory, None if it cannot be mapped."""
+
+Guard = Callable[[HeadGroup, Span], bool]
+"""Raises if saved tokens of these heads are not what was written; True when nothing is left to
+check."""
+
+
+class SavedLayer(NamedTuple):
+    """The whole blocks of a layer that comes back from disk.
+
+    Attributes:
+        tokens: a multiple of the block.
+        cuts, room: see `SpanStore.restore`.
+        adopt: maps the files, where heads lie in host memory that is not page-locked.
+        guard: looks at what was mapped before the first read.
+    """
+
+    shape: KVShape
+    device: torch.device
+    batch: int
+    tokens: int
+    cuts: Sequence[int]
+    room: int
+    adopt: Adopt
+    guard: Guard
+
+
 class SegmentMemory:
-    """Extents of segments: keys [heads, rows, capacity, key_dim], then values."""
+    """Extents of segments: keys [heads, rows, capacity, key_dim], then values.
+
+    Attributes:
+        guard: looks at saved tokens before they are read for the first time.
+    """
 
     def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup) -> None:
         self.tier = tier
         self.shape = shape
         self.heads = heads
         self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
+        self.guard: Guard | None = None
 
     def allocate(self, key: int, rows: int, capacity: int) -> None:
         """Raises TierFull when the tier's budget does not allow it."""
@@ -89,6 +135,27 @@ class SegmentMemory:
         k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
         v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
         self.segments[key] = extent, k, v
+
+    def restore(self, segment: Segment, adopt: Adopt) -> bool:
+        """Memory for a segment of saved tokens; False if they have yet to be read into it."""
+        tier = self.tier
+        if isinstance(tier, HostTier) and not tier.pin:
+            found = adopt(self.heads, segment.capacity)
+            if found is not None:
+                extent = tier.adopt(found.memory, found.own_bytes)
+                self.segments[segment.key] = extent, found.k, found.v
+                return True
+        self.allocate(segment.key, segment.rows, segment.capacity)
+        return False
+
+    def check(self, heads: HeadGroup, span: Span) -> None:
+        """Saved tokens of `span` may be read.
+
+        Raises:
+            SnapshotCorrupt: they are not what was written.
+        """
+        if self.guard is not None and self.guard(heads, span):
+            self.guard = None
 
     def prepare(self, rows: int, capacity: int) -> None:
         """A segment of that size will be allocated."""
@@ -120,6 +187,7 @@ class SegmentMemory:
         return sum(extent.nbytes for extent, _, _ in self.segments.values())
 
     def clone_into(self, other: SegmentMemory) -> None:
+        self.check(self.heads, EVERYTHING)
         for key, (_, k, v) in self.segments.items():
             other.allocate(key, k.shape[1], k.shape[2])
             _, other_k, other_v = other.segments[key]

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from headinfer.errors import CacheStateError
 from headinfer.formats import KVFormat
-from headinfer.heads.memory import KVShape, Piece, SegmentMemory, clip, pieces_of
+from headinfer.heads.memory import KVShape, Piece, SavedLayer, SegmentMemory, clip, pieces_of
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
 from headinfer.store import Run, SpanStore, Write
 from headinfer.tiers import Tier
@@ -85,6 +86,11 @@ class OffloadedHeads:
         self._tail_free_after: Ticket = self.last_write
 
     @property
+    def engine(self) -> TransferEngine:
+        """Moves the bytes of this range; its tickets are `last_write`."""
+        return self._engine
+
+    @property
     def stored_bytes(self) -> int:
         return self._memory.nbytes
 
@@ -145,6 +151,7 @@ class OffloadedHeads:
     def in_place(self, group: HeadGroup, length: int) -> Iterator[Piece]:
         """The stored part of [0, length) of `group` as it lies in the tier, for a processor that
         reads it there. `last_write` has to be done."""
+        self._memory.check(group, Span(0, length))
         first = group.start - self.heads.start
         for run in self.store.runs(Span(0, length)):
             _, k, v = self._memory.segments[run.key]
@@ -154,6 +161,7 @@ class OffloadedHeads:
 
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
         """The copies that bring `tile` into a slot's bytes, laid out as `unpack` expects."""
+        self._memory.check(tile.group, tile.span)
         k, v = self._slot_views(tile, slot)
         copies: list[Copy] = []
         for run in self.store.runs(tile.span):
@@ -168,6 +176,37 @@ class OffloadedHeads:
         k, v = self._slot_views(tile, slot)
         decode = self._format.decode
         return Piece(tile.span.start, decode(k).transpose(0, 1), decode(v).transpose(0, 1))
+
+    def stored_pieces(self, span: Span) -> list[Piece]:
+        """The tokens of `span`, all stored, as they lie in the tier and stay until something other
+        than `append`. `last_write` has to be done."""
+        self._memory.check(self.heads, span)
+        found: list[Piece] = []
+        for run in self.store.runs(span):
+            _, k, v = self._memory.segments[run.key]
+            found += pieces_of(run, k, v, self.shape)
+        return found
+
+    def unfinished(self, span: Span) -> Piece:
+        """A copy of the tokens of `span`, which is what the tail holds."""
+        if self._tail is None or span != Span(self.store.stored, self.store.length):
+            raise CacheStateError(f"tokens {span} are not what the tail holds")
+        piece = _tail_piece(span.start, *self._tail, span.tokens)
+        return Piece(span.start, piece.k.clone(), piece.v.clone())
+
+    def restore(self, saved: SavedLayer) -> tuple[Tensor, Tensor] | None:
+        """Saved tokens are stored again; what k, v [h, b, t, d] are left to be filled, if any."""
+        segment = self.store.restore(saved.tokens, batch=saved.batch)
+        try:
+            mapped = self._memory.restore(segment, saved.adopt)
+        except BaseException:
+            self.store.clear()
+            raise
+        if mapped:
+            self._memory.guard = saved.guard
+            return None
+        _, k, v = self._memory.segments[segment.key]
+        return k[:, :, : saved.tokens], v[:, :, : saved.tokens]
 
     def pieces(self, length: int) -> Iterator[Piece]:
         """Everything in [0, length) copied to the compute device, for readers without a ring."""

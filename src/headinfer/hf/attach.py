@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -187,11 +188,13 @@ class Session:
         """The model's own attention runs on whole layers copied to the device."""
         return self._options.on_unsupported == "materialize"
 
-    def new_cache(self) -> HeadCache:
-        """An empty cache with this session's options, to be passed as `past_key_values`."""
+    def new_cache(self, **options: Unpack[CacheOptions]) -> HeadCache:
+        """An empty cache with this session's options, or others, to be passed as
+        `past_key_values`."""
         config = _decoder_config(self.model)
         weights = self._geometry.weight_bytes
-        self.cache = HeadCache(config, weight_bytes=weights, **self._given)
+        given: CacheOptions = {**self._given, **options}
+        self.cache = HeadCache(config, weight_bytes=weights, **given)
         return self.cache
 
     def replay_with(self, recorder: Callable[[], Recorder]) -> None:
@@ -199,6 +202,19 @@ class Session:
         self.graphs = StepGraphs(self.model, recorder)
         if not self.graphs.refused:
             self.model.forward = self.graphs
+
+    def save(self, path: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+        """The context of the latest generation is on disk at `path`; see `headinfer.save_context`.
+
+        Raises:
+            CacheStateError: there is none yet.
+            SnapshotError: it cannot be saved there.
+        """
+        if self.cache is None:
+            raise CacheStateError("there is nothing to save before the first forward pass")
+        from headinfer.hf.contexts import save_context
+
+        save_context(self.model, self.cache, path, tokenizer=tokenizer)
 
     def close(self) -> None:
         """Restore the model; the caches of this session stay usable only with their handles."""
@@ -298,6 +314,7 @@ class Session:
         named = self._named(args, kwargs)
         if self._caches(named) and not module.training:
             named["past_key_values"] = self._supply(named.get("past_key_values"))
+            self._note_tokens(named)
             args, kwargs = self._with_cache(args, kwargs, named["past_key_values"])
         self._passes.begin(*_lengths(named))
         return args, kwargs
@@ -307,6 +324,8 @@ class Session:
     ) -> None:
         if self._closed:
             return
+        if self.cache is not None:
+            self.cache.log.passing = False
         past, new = _lengths(self._named(args, kwargs))
         self._passes.end(max(past - new, 0), new)
 
@@ -320,6 +339,12 @@ class Session:
             text = self.model.config.get_text_config(decoder=True)
             asked = named.get("past_key_values") is not None or getattr(text, "use_cache", True)
         return bool(asked)
+
+    def _note_tokens(self, named: dict[str, Any]) -> None:
+        cache = named["past_key_values"]
+        if isinstance(cache, HeadCache):
+            ids = named.get("input_ids")
+            cache.log.note(length_of(cache), ids, named.get("attention_mask"))
 
     def _with_cache(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any

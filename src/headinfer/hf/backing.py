@@ -92,11 +92,18 @@ class Backing:
         """The runner; made by the first update of any layer."""
         if self.runner is None:
             geometry = self.geometry or layers_seen(layers, key, value)
-            geometry = replace(geometry, itemsize=key.element_size())
-            options = resolve_budget(self.options, key.device)
-            self.plan = self._make_plan(geometry, options, key.device.type, key.shape[0])
-            settings = settings_of(self.plan, self.options, self.wanted_bytes)
-            self.runner = Runner(settings, engine=self.engine)
+            return self.begin(geometry, key.device, key.dtype, batch=key.shape[0])
+        return self.runner
+
+    def begin(
+        self, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, batch: int
+    ) -> Runner:
+        """Plan and runner exist from now on."""
+        geometry = replace(geometry, itemsize=dtype.itemsize)
+        options = resolve_budget(self.options, device)
+        self.plan = self._make_plan(geometry, options, device.type, batch)
+        settings = settings_of(self.plan, self.options, self.wanted_bytes)
+        self.runner = Runner(settings, engine=self.engine)
         return self.runner
 
     def _make_plan(self, geometry: Geometry, options: Options, device: str, batch: int) -> Plan:

@@ -33,6 +33,7 @@ from headinfer.hf.backing import Backing, CacheOptions, EngineFactory, options_f
 from headinfer.hf.geometry import geometry_of
 from headinfer.hf.handles import KVHandle, Origin
 from headinfer.hf.step import active_step
+from headinfer.hf.tokens import TokenLog
 from headinfer.layer import Stats
 from headinfer.plan import Plan
 from headinfer.runner import Runner
@@ -307,6 +308,8 @@ class HeadCache(DynamicCache):
         geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
         latent = getattr(text, "kv_lora_rank", None) is not None
         self.backing = Backing(options_from(options), geometry, latent=latent, engine=engine)
+        self.log = TokenLog()
+        self.saved: Any = None  # the context this came from or went to, see headinfer.hf.contexts
         if config is None:
             self.layer_class_to_replicate: Any = _LayerFactory(self.backing)
         for index, layer in enumerate(self.layers):
@@ -316,6 +319,24 @@ class HeadCache(DynamicCache):
                 states = getattr(layer, "conv_states", None)
                 count = len(states) if isinstance(states, (list, tuple, dict)) else 1
                 self.layers[index] = HybridHeadLayer(self.backing, index, max(count, 1))
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """Ids [b, t] of what is held, on the host; None if nobody named them."""
+        return self.log.ids(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.log.reorder(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = int(self.batch_size) if self.get_seq_length() else 0
+        super().batch_repeat_interleave(repeats)
+        self.log.reorder([row for row in range(rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.log.reorder(_row_numbers(indices))
 
     @property
     def head_layers(self) -> list[HeadLayer]:
@@ -352,6 +373,8 @@ class HeadCache(DynamicCache):
             if isinstance(layer, DynamicLayer):  # a window: older versions keep it, as zeros
                 layer.is_initialized = False
         self.close()
+        self.log.clear()
+        self.saved = None
         self.backing.plan = self.backing.length = None
 
     def stats(self) -> Stats:
@@ -390,7 +413,10 @@ class HeadCache(DynamicCache):
         return keep
 
     def close(self) -> None:
-        """Free all memory now rather than when the cache is collected."""
+        """Free all memory now rather than when the cache is collected, and the saved context it
+        may have been extending."""
+        if self.saved is not None:
+            self.saved.close()
         if self.backing.runner is not None:
             self.backing.runner.close()
             self.backing.runner = None

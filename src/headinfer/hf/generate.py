@@ -128,22 +128,24 @@ def build_prompt(
         raise InputError("--chat was asked for, but this tokenizer has no chat template; use --raw")
     with quiet_transformers():
         if chat or (chat is None and has_chat_template(tokenizer)):
-            message = {"role": "user", "content": _chat_message(text, question)}
+            message = {"role": "user", "content": chat_message(text, question)}
             encoded = tokenizer.apply_chat_template(
                 [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         else:
-            encoded = tokenizer(_raw_prompt(text, question), return_tensors="pt")
+            encoded = tokenizer(raw_prompt(text, question), return_tensors="pt")
     return Prompt(encoded["input_ids"])
 
 
-def _chat_message(text: str | None, question: str | None) -> str:
+def chat_message(text: str | None, question: str | None) -> str:
+    """A document and a question about it as one message."""
     if text is None or question is None:
         return (text or question or "").strip()
     return f"<text>\n{text}\n</text>\n\nAnswer this question from the text: {question}"
 
 
-def _raw_prompt(text: str | None, question: str | None) -> str:
+def raw_prompt(text: str | None, question: str | None) -> str:
+    """The same as plain text."""
     if text is None or question is None:
         return text or question or ""
     return f"{text}\n\nQuestion: {question}\nAnswer:"
@@ -192,8 +194,11 @@ def generate_text(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     on_text: OnText | None = None,
+    cache: Any = None,
 ) -> Generated:
     """The answer; `on_text` gets its pieces as they come (with beams: once, at the end).
+
+    `cache` holds the beginning of the prompt, or nothing; None lets the model start one.
 
     Raises:
         InputError: a flag `generate` refuses.
@@ -204,6 +209,8 @@ def generate_text(
         torch.manual_seed(chosen.seed)
     streamer = _Clock(tokenizer, on_text)
     arguments = {"max_new_tokens": max_new_tokens, "pad_token_id": _pad(model, tokenizer)}
+    if cache is not None:
+        arguments["past_key_values"] = cache
     ids = prompt.ids.to(model.device)
     with quiet_transformers(), torch.inference_mode(), _out_of_memory(model.device):
         output = model.generate(

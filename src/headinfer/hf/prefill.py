@@ -36,6 +36,7 @@ def prefill(
     cache: Any,
     attention_mask: Tensor | None = None,
     chunk_tokens: int | None = None,
+    on_chunk: Callable[[int], None] | None = None,
 ) -> Any:
     """`cache` holds `input_ids` too, read in chunks, so that activations stay bounded.
 
@@ -45,6 +46,7 @@ def prefill(
         cache: a `HeadCache`, or any cache of transformers.
         attention_mask: 0 for padding, [batch, tokens in the cache + tokens]; None: no padding.
         chunk_tokens: tokens per forward pass; None lets the plan of the cache decide.
+        on_chunk: told, after each forward pass, how many tokens the cache holds.
 
     Returns:
         The model's output for the last chunk, with the logits of the last token only.
@@ -58,7 +60,7 @@ def prefill(
     _check(model, input_ids, attention_mask, past, chunk_tokens)
     names = inspect.signature(model.forward).parameters
     given: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    chunk = chunk_tokens or _chunk_of(model, cache, batch=input_ids.shape[0])
+    chunk = chunk_tokens or chunk_of(model, cache, batch=input_ids.shape[0])
     output: Any = None
     held = cache if isinstance(cache, HeadCache) else None
     with torch.no_grad(), kept_when_exhausted(lambda: held, chunk, past + input_ids.shape[1]):
@@ -71,6 +73,8 @@ def prefill(
                     given["position_ids"] = _positions(mask)[:, past + start :]
             output = model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
             cache = output.past_key_values
+            if on_chunk is not None:
+                on_chunk(past + start + ids.shape[1])
     if "logits_to_keep" not in names:
         output.logits = output.logits[:, -1:]
     return output
@@ -238,7 +242,7 @@ def _check(
         )
 
 
-def _chunk_of(model: PreTrainedModel, cache: Any, *, batch: int) -> int:
+def chunk_of(model: PreTrainedModel, cache: Any, *, batch: int) -> int:
     """Tokens per forward pass as the plan of the cache has it, made beforehand if need be."""
     device = model.device
     if isinstance(cache, HeadCache):

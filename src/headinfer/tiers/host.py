@@ -54,7 +54,7 @@ class HostTier:
         self.pin = pin
         self.pin_failure: str | None = None
         self.used_bytes = 0
-        self._arenas: dict[int, _Mapping] = {}
+        self._arenas: dict[int, _Mapping | _Adopted] = {}
         self._ready: dict[int, deque[Future[_Mapping]]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._next = 0
@@ -109,6 +109,23 @@ class HostTier:
     def _mapping(self, size: int) -> _Mapping:
         return _Mapping(size, pin=self.pin, touch=self._touch)
 
+    def adopt(self, memory: Tensor, nbytes: int) -> Extent:
+        """Memory that somebody else mapped is an extent; `nbytes` of it count as used.
+
+        Raises:
+            TierFull: the budget does not allow them.
+            TierClosed: the tier was closed.
+        """
+        if self._closed:
+            raise TierClosed(f"the {self.name} tier is closed")
+        size, budget = aligned(nbytes), self.budget_bytes
+        if budget is not None and self.used_bytes + size > budget:
+            raise self._full(size, f"of {format_bytes(budget)} allowed")
+        self._next += 1
+        self._arenas[self._next] = _Adopted(memory)
+        self.used_bytes += size
+        return Extent(self._next, 0, size)
+
     def view(
         self, extent: Extent, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
@@ -152,6 +169,16 @@ class HostTier:
 def _on_device(device: int | None) -> None:
     if device is not None:
         torch.cuda.set_device(device)
+
+
+class _Adopted:
+    """Memory mapped elsewhere; goes with its last view."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.bytes = memory
+
+    def release(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
 
 
 class _Mapping:

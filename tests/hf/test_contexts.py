@@ -36,7 +36,17 @@ PLACEMENTS = {
         "resident_heads": 1,
     },
 }
-KINDS = ("llama", "gemma2", "falcon_h1", "zamba2", "qwen3_next", "gpt_oss", "deepseek_v3", "lfm2")
+KINDS = (
+    "llama",
+    "gemma2",
+    "mistral-windowed",
+    "falcon_h1",
+    "zamba2",
+    "qwen3_next",
+    "gpt_oss",
+    "deepseek_v3",
+    "lfm2",
+)
 LENGTH, STEPS = 290, 6
 
 
@@ -144,6 +154,22 @@ def test_it_grows_with_its_cache(llama: Any, ids: Any, tmp_path: Path) -> None:
         run.save(folder)  # nothing new
 
 
+def test_runs_of_attention_are_where_they_were(llama: Any, ids: Any, tmp_path: Path) -> None:
+    """Without a length beforehand heads in place lie in several runs, summed one after the other."""
+    tokens = ids(2500)
+    with headinfer.attach(llama, chunk_tokens=100) as run:
+        cache = run.new_cache()
+        headinfer.prefill(llama, tokens[:, :1990], cache)
+        run.save(tmp_path / "a.ctx")
+        loaded = headinfer.load_context(llama, tmp_path / "a.ctx")
+        assert len(Manifest.read(tmp_path / "a.ctx").layers[0].cuts) > 1
+        for start in range(1990, 2500, 85):
+            part = tokens[:, start : start + 85]
+            with torch.no_grad():
+                one = llama(part, past_key_values=cache).logits
+                assert torch.equal(one, llama(part, past_key_values=loaded).logits)
+
+
 def test_questions_append_only_when_asked(llama: Any, ids: Any, tmp_path: Path) -> None:
     folder, tokens = tmp_path / "a.ctx", ids(300)
     with headinfer.attach(llama):
@@ -208,6 +234,11 @@ def test_reordered_and_copied_caches_are_saved_as_they_are(
         loaded = headinfer.load_context(llama, tmp_path / "a.ctx")
         assert_equal(cache, loaded)
         assert torch.equal(loaded.token_ids, ids(200, batch=2)[[1, 0]])
+        loaded.batch_repeat_interleave(2)
+        assert torch.equal(loaded.token_ids, ids(200, batch=2)[[1, 1, 0, 0]])
+        loaded.batch_select_indices(torch.tensor([1, 2]))
+        assert torch.equal(loaded.token_ids, ids(200, batch=2)[[1, 0]])
+        assert_equal(cache, loaded)
         twin = copy.deepcopy(loaded)
         loaded.reorder_cache(torch.tensor([1, 1]))
         assert_equal(twin, cache)

@@ -13,22 +13,12 @@ import sys
 import pytest
 
 
-def campaign(kills: int, seed: int) -> None:
-    command = [sys.executable, "-m", "headinfer.testing.kills"]
-    done = subprocess.run(
-        [*command, "--kills", str(kills), "--seed", str(seed)], capture_output=True, text=True
-    )
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing() -> None:
+    command = [sys.executable, "-m", "headinfer.testing.kills", "--kills", "20"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     told = json.loads(done.stdout)
-    assert told["kills"] >= kills
+    assert told["kills"] >= 20
     assert told["completed"]
     assert (told["lost"], told["wrong"]) == (0, 0), told["problems"]
-
-
-def test_twelve_kills_lose_nothing() -> None:
-    campaign(12, seed=0)
-
-
-@pytest.mark.slow
-def test_two_hundred_kills_lose_nothing() -> None:
-    campaign(200, seed=1)

@@ -330,9 +330,8 @@ class HeadCache(DynamicCache):
         self.log.reorder(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = int(self.batch_size) if self.get_seq_length() else 0
         super().batch_repeat_interleave(repeats)
-        self.log.reorder([row for row in range(rows) for _ in range(repeats)])
+        self.log.reorder([row for row in range(self.log.rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

@@ -79,7 +79,11 @@ def rows_of(cache: HeadCache) -> int:
         held = _held(cache, layer)
         if held is not None:
             return held.batch
-    return int(cache.batch_size)
+    for layer in cache.layers:  # no layer keeps every token
+        for tensor in state_of(layer)[0].values():
+            if tensor.ndim > 2:
+                return tensor.shape[0]
+    raise CacheStateError("the cache holds nothing that tells how many sequences it has")
 
 
 def _held(cache: HeadCache, layer: Any) -> Layer | None:

@@ -32,6 +32,11 @@ class TokenLog:
         self._parts: list[Tensor] = [] if ids is None else [ids]
         self._mask = mask
 
+    @property
+    def rows(self) -> int:
+        """Sequences; 0 before the first pass."""
+        return self._parts[0].shape[0] if self._parts else 0
+
     def note(self, past: int, ids: Tensor | None, mask: Tensor | None) -> None:
         """A forward pass adds `ids` [b, t] to a cache that holds `past` tokens."""
         self.passing = True

@@ -183,13 +183,19 @@ def enter(name: str, ground: Ground) -> Iterator[Entry]:
 
 
 def own_options(name: str, ground: Ground) -> dict[str, Any]:
-    """What `headinfer.attach` is given for one of our ways to work."""
+    """What `headinfer.attach` is given for one of our ways to work.
+
+    Raises:
+        NotAvailable: not on this device.
+    """
     options: dict[str, Any] = {"expected_tokens": ground.tokens, **ground.extra}
     if ground.cap is not None and ground.device.type == "cuda":
         options["gpu_memory"] = ground.cap
     if name == "planned":
         return options
     if name == "replayed":
+        if ground.device.type == "cpu":
+            raise NotAvailable("steps are replayed as CUDA graphs")
         return {**options, "step_graphs": True}
     if ground.device.type == "cpu":
         options["staging"] = True  # otherwise a CPU attends everything in place

@@ -60,9 +60,10 @@ def test_reading_goes_on_to_the_same_bits(name, placement, tmp_path):
         left = 4
 
         def on_event(self, event):
-            self.left -= isinstance(event, headinfer.progress.ForwardStarted)
-            if self.left < 0:
-                raise InterruptedError
+            if isinstance(event, headinfer.progress.ForwardStarted):
+                self.left -= 1
+                if self.left < 0:
+                    raise InterruptedError
 
     with headinfer.attach(model, **options):
         whole = headinfer.read_context(model, tokens(), tmp_path / "a.ctx", checkpoint_every=CHUNK)

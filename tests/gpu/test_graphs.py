@@ -53,3 +53,22 @@ def test_a_padded_batch_and_beams():
         assert torch.equal(generate(model, ids, num_beams=3), expected[1])
         assert run.graphs is not None
         assert run.graphs.replayed > NEW
+
+
+def test_a_step_that_reads_the_gpu_goes_on_unrecorded():
+    """What invalidates a recording ends it, not the generation."""
+    model = ZOO["llama"].build().to(DEVICE).eval()
+    ids = prompt(1, 100).to(DEVICE)
+    model.set_attn_implementation("eager")
+    expected = generate(model, ids)
+    mlp = model.model.layers[1].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: inner(x) * (1.0 if x.sum().item() == x.sum().item() else 2.0)
+    for _ in range(2):
+        with headinfer.attach(model, step_graphs=True, resident_heads=0, **STREAMED) as run:
+            assert torch.equal(generate(model, ids), expected)
+            assert "captur" in run.graphs.refused
+    del mlp.forward
+    with headinfer.attach(model, step_graphs=True, resident_heads=0, **STREAMED) as run:
+        assert torch.equal(generate(model, ids), expected)
+        assert run.graphs.replayed > 0

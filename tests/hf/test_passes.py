@@ -5,8 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+import headinfer
 from headinfer.hf.passes import Passes
 from headinfer.progress import Event, ForwardFinished
+from headinfer.testing.zoo import ZOO
+from headinfer.testing.zoo.measure import prompt
 
 
 class Device:
@@ -69,3 +74,50 @@ def test_a_processor_that_computes_at_once_reports_at_once() -> None:
         passes.begin(100 * chunk, 100)
         passes.end(100 * chunk, 100)
         assert device.finished()[-1] == 100 * chunk
+
+
+class Raises:
+    """An observer that fails once a pass has been computed."""
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, ForwardFinished):
+            raise InterruptedError
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes are computed when somebody waits for them, as on a GPU."""
+    monkeypatch.setattr("headinfer.hf.attach.mark_on", lambda device: lambda: lambda: None)
+
+
+def tiny() -> Any:
+    return ZOO["llama"].build().eval()
+
+
+def is_restored(model: Any) -> bool:
+    return "_prefill" not in model.__dict__ and model.config._attn_implementation != "headinfer"
+
+
+@pytest.mark.usefixtures("late")
+def test_an_observer_that_raises_at_the_end_leaves_the_model_restored() -> None:
+    model = tiny()
+    run = headinfer.attach(model, observer=Raises())
+    model(prompt(1, 40))
+    with pytest.raises(InterruptedError):
+        run.close()
+    assert is_restored(model)
+    run.close()
+
+
+@pytest.mark.usefixtures("late")
+def test_an_error_on_its_way_out_is_not_hidden_by_the_observers() -> None:
+    model = tiny()
+
+    def fail() -> None:
+        with headinfer.attach(model, observer=Raises()):
+            model(prompt(1, 40))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert is_restored(model)

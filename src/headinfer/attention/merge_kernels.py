@@ -174,6 +174,8 @@ def _merge_two(
         x = tl.where(share < 0.5, x + share * (y - x), y + rest * (x - y))
         x_lse = _log_sum(x_lse, y_lse)
     if WRITE_LSE:
+        # A row's log-sum-exp is read by several warps, and may lie where it is written.
+        tl.debug_barrier()
         tl.store(lse + b * ol_b + h * ol_h + t * ol_t, x_lse, mask=real)
     if SINK:
         logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)

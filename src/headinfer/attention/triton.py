@@ -131,7 +131,7 @@ def tiles_for(
     least = tiles.few if packed <= 32 else tiles.some if packed <= 64 else tiles.many
     found = least._replace(rows=min(least.rows, max(16, _power_of_two(packed))))
     if bias_bytes:  # its addresses take the registers of the scores twice over
-        warps = 8 if found.rows > 32 else 4
+        warps = 8 if found.rows > 32 or (size == 4 and found.rows > 16) else 4
         found = Tiles(min(found.rows, 64), min(found.keys, 32), warps, 2)
     while _shared(found, width, size, bias_bytes) > shared_bytes:
         if found.stages > 2:
@@ -167,8 +167,8 @@ _FLOAT32 = {
     16: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
     32: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
     64: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    128: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
-    256: _Choice(Tiles(16, 16, 4, 2), Tiles(64, 16, 8, 2), Tiles(64, 16, 8, 2)),
+    128: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 32, 16, 2), Tiles(64, 32, 16, 2)),
+    256: _Choice(Tiles(16, 16, 4, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2)),
 }
 
 

@@ -55,7 +55,7 @@ def _load(
 
 @triton.jit
 def _span(
-    q, k, v, bias, acc, top, total, lost, position, real,
+    q, k, v, bias, acc, acc_lost, top, total, lost, position, real,
     first, first_blocks, second, blocks, stop, scale, softcap,
     q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -121,19 +121,22 @@ def _span(
         else:
             weight, keep = tl.exp2(score - safe[:, None]), tl.exp2(top - safe)
         if PRECISE:
-            # The lost low bits of the sum are carried along: thousands of blocks would drift.
+            # The lost low bits of the sums are carried along: every block is a rounding, and
+            # eager attention's matrix products have a fraction of them.
             more = tl.sum(weight, 1) - lost * keep
             old = total * keep
             total = old + more
             lost = (total - old) - more
-            # tl.fma, because a plain sum becomes the dot's accumulator: one rounding per key.
-            found = tl.dot(weight, value, input_precision="ieee")
-            acc = tl.fma(acc, tl.broadcast_to(keep[:, None], acc.shape), found)
+            # A product of its own: as the dot's accumulator, acc would be rounded once per key.
+            found = tl.dot(weight, value, input_precision="ieee") - acc_lost * keep[:, None]
+            before = acc * keep[:, None]
+            acc = before + found
+            acc_lost = (acc - before) - found
         else:
             total = total * keep + tl.sum(weight, 1)
             acc = tl.dot(weight.to(value.dtype), value, acc * keep[:, None])
         top = new_top
-    return acc, top, total, lost
+    return acc, acc_lost, top, total, lost
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES])
@@ -213,16 +216,18 @@ def attend_kernel(
     top = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     lost = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc, top, total, lost = _span(
-        query, k, v, bias, acc, top, total, lost, position, real,
+    # What only float32 carries is a row of one element elsewhere.
+    acc_lost = tl.zeros([BLOCK_M, BLOCK_E if PRECISE else 1], dtype=tl.float32)
+    acc, acc_lost, top, total, lost = _span(
+        query, k, v, bias, acc, acc_lost, top, total, lost, position, real,
         low, before, full_high, before + after, stop, scale, softcap,
         q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
         D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, True,
         WINDOWED, SOFTCAP, BIAS, PRECISE, NATURAL,
     )  # fmt: skip
     if BIAS == 0:
-        acc, top, total, lost = _span(
-            query, k, v, bias, acc, top, total, lost, position, real,
+        acc, acc_lost, top, total, lost = _span(
+            query, k, v, bias, acc, acc_lost, top, total, lost, position, real,
             full_low, 0, full_low, (full_high - full_low) // BLOCK_N, stop, scale, softcap,
             q_d, k_s, k_d, v_s, v_d, bias_s, window_offset, window_size,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, False,

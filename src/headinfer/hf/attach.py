@@ -223,12 +223,12 @@ class Session:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
-        self._passes.flush()
         self.model.__dict__.pop("_prefill", None)
         if self.graphs is not None and self.model.__dict__.get("forward") is self.graphs:
             del self.model.forward
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
+        self._passes.flush()  # last: an observer may raise, and the model is restored by then
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """A closed session: the copy of an attached model is a plain one.
@@ -257,6 +257,8 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._passes.drop()  # an observer that raised now would hide `error`
         self.close()
 
     def _enter(self) -> None:

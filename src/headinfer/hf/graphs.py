@@ -141,7 +141,8 @@ class StepGraphs:
         with torch.inference_mode(False), torch.no_grad():
             inputs = {name: value.clone() for name, value in given.items()}
         step = Step(recipe, length, self._recorder())
-        with activated(step), _side_stream(inputs["input_ids"].device):
+        # In this order: a recording that failed is ended on the stream that it was begun on.
+        with _side_stream(inputs["input_ids"].device), activated(step):
             step.begin()
             output = self._forward(**{**kwargs, **inputs, "attention_mask": None})
             step.finish()

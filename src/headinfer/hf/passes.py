@@ -72,6 +72,10 @@ class Passes:
         while self._outstanding:
             self._report()
 
+    def drop(self) -> None:
+        """Report no more of what is outstanding."""
+        self._outstanding.clear()
+
     def _report(self) -> None:
         done = self._outstanding.popleft()
         if done.wait is not None:

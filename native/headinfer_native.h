@@ -16,7 +16,7 @@ extern "C" {
 #define HEADINFER_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a signature or the struct below changes; the caller refuses any other value.
-#define HEADINFER_ABI 1
+#define HEADINFER_ABI 2
 #define HEADINFER_MAX_THREADS 1024
 #define HEADINFER_MAX_DIM 1024
 
@@ -67,6 +67,21 @@ HEADINFER_EXPORT int32_t headinfer_level_runs(int32_t level);
 
 // Fills out and lse; a row that sees no key gets 0 and -inf. Bits do not depend on `threads`.
 HEADINFER_EXPORT int32_t headinfer_attend(const headinfer_attend_args *args);
+
+// Attention over a context that lies in several runs: `calls`, at least one, agree in everything
+// but their keys, values and bias. One call writes to out and lse itself; the results of several go
+// wherever each call says and are merged into out and lse.
+typedef struct headinfer_near_job {
+  const headinfer_attend_args *calls;
+  float *out;  // [batch, kv_heads * q_per_kv, rows, value_dim], contiguous
+  float *lse;  // [batch, kv_heads * q_per_kv, rows], contiguous
+  double started, ended;  // written: seconds of the monotonic clock
+  int32_t count;
+  int32_t status;  // written: headinfer_status of the first call that failed; out and lse are NaN
+} headinfer_near_job;
+
+// Does a headinfer_near_job; a host function of a CUDA stream (CUhostFn).
+HEADINFER_EXPORT void headinfer_near_run(void *job);
 
 // Backs every page of [memory, memory + nbytes) with physical memory; contents stay as they are.
 HEADINFER_EXPORT int32_t headinfer_touch(void *memory, int64_t nbytes, int32_t threads);

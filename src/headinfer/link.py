@@ -5,9 +5,7 @@ schedule of tiles, and the CPU that attends what stays behind. Made once per dev
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -48,7 +46,8 @@ class Link:
         self.device = device
         self.engine = engine
         self.near: NearData | None = None
-        self._lap: _Lap | None = None
+        self._layer = -1
+        self._loaded_before = 0
         self.staging_bytes = 0
         if not settings.staging:
             if device.type != "cpu":
@@ -71,62 +70,39 @@ class Link:
             self.near = NearData(engine, device, attention)
 
     def begin(self, layer: int, *, near: bool) -> Pass | None:
-        """Attention of `layer` begins; what the forward pass before it took, if it was one in
-        which the CPU took part, and this is the first layer of another."""
-        found = None
-        if self._lap is None or layer <= self._lap.layer or not near:
-            found = self._finished()
-            self._lap = _Lap(layer, *self._counters()) if near else None
-        elif self._lap is not None:
-            self._lap.layer = layer
-        return found
-
-    def attended(self) -> None:
-        """Attention of the layer that `begin` named has been enqueued."""
-        if self._lap is not None:
-            self._lap.ended = time.perf_counter()
-
-    def _finished(self) -> Pass | None:
-        lap = self._lap
-        if lap is None or lap.ended <= lap.began:
+        """Attention of `layer` begins; what the forward pass before it took, if this is the first
+        layer of another, and it was one in which the CPU took part and has done so."""
+        first, self._layer = layer <= self._layer or not near, layer if near else -1
+        if self.near is None or not first:
             return None
-        _, near_s, near_bytes, loaded_bytes = self._counters()
-        return Pass(
-            seconds=lap.ended - lap.began,
-            near_s=near_s - lap.near_s,
-            near_bytes=near_bytes - lap.near_bytes,
-            loaded_bytes=loaded_bytes - lap.loaded_bytes,
-            link_rate=self.engine.in_rate,
-        )
-
-    def _counters(self) -> tuple[float, float, int, int]:
-        near = self.near
-        seconds, nbytes = (0.0, 0) if near is None else (near.seconds, near.attended_bytes)
-        return time.perf_counter(), seconds, nbytes, self.ring.loaded_bytes
+        lap = self.near.lap()
+        if lap is None:
+            if not near:
+                self._loaded_before = self.ring.loaded_bytes
+            return None
+        loaded = self.ring.loaded_bytes - self._loaded_before
+        self._loaded_before = self.ring.loaded_bytes
+        return Pass(*lap, loaded_bytes=loaded, link_rate=self.engine.in_rate)
 
     def settle(self) -> None:
         """What is stored is about to change other than by appending."""
+        if self.near is not None:
+            self.near.settle()
         if self.staging_bytes:
             self.ring.flush()
             self.schedule.stop()
+
+    def drain(self) -> None:
+        """Return when nothing is under way any more."""
+        if self.near is not None:
+            self.near.settle()
+        self.engine.drain()
 
     def close(self) -> None:
         """Return when nothing is under way any more; the CPU's thread ends."""
         if self.near is not None:
             self.near.close()
         self.engine.drain()
-
-
-@dataclass(slots=True)
-class _Lap:
-    """A forward pass under way: its latest layer, the counters at its begin, when it ended."""
-
-    layer: int
-    began: float
-    near_s: float
-    near_bytes: int
-    loaded_bytes: int
-    ended: float = 0.0
 
 
 def default_engine(device: torch.device) -> TransferEngine:

@@ -1,32 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Near-data attention: the CPU attends heads where their bytes are, while others stream.
 
-Queries go down and partials come up, a few KiB a layer. One thread of its own waits for the
-queries and runs the kernel, so that launching kernels and copies goes on meanwhile. Which heads,
-and whether at all, is the runner's decision.
+Queries go down and partials come up, a few KiB a layer. On CUDA the native kernel is part of a
+stream's order, and nobody waits for it but the device. What that cannot do (rows that beams
+reordered, types without a native kernel) a thread does that waits for the queries. Which heads, and
+whether at all, is the runner's decision.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO
+from headinfer.attention import native
+from headinfer.attention.api import AUTO, spec_of
 from headinfer.attention.masks import on_host
+from headinfer.attention.native_job import KeyRun, NativeJob
 from headinfer.attention.types import Partial
 from headinfer.heads import OffloadedHeads
+from headinfer.host_stream import Finished, HostStream, why_no_host_functions
 from headinfer.layout import HeadGroup
 from headinfer.totals import Query, Total
-from headinfer.transfer import Ticket, TransferEngine
+from headinfer.transfer import CudaEngine, Ticket, TransferEngine
 
 NEAR_ROWS = 16
 """Query tokens attended on the CPU at most: beyond, attention is arithmetic, which the GPU does."""
+
+SPARED_THREADS = 1
+"""Of those that attend: the thread that enqueues the model's kernels runs at the same time, and one
+that waits for a processor would hold up all of them."""
 
 
 def host_query(query: Query) -> Query | None:
@@ -42,25 +51,27 @@ class NearData:
     """Attends offloaded heads in host memory for one compute device.
 
     Attributes:
-        attended_bytes: keys and values read so far.
-        seconds: spent in the kernel so far.
+        attended_bytes: keys and values of the jobs given so far.
     """
 
     def __init__(self, engine: TransferEngine, device: torch.device, attention: str = AUTO) -> None:
         self.attended_bytes = 0
-        self.seconds = 0.0
         self._engine = engine
         self._device = device
         self._attention = attention
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headinfer-near")
         self._buffers: dict[str, Tensor] = {}
+        self._finished: list[Finished] = []
+        self._stream: HostStream | None = None
+        if isinstance(engine, CudaEngine) and attention == AUTO and _native_in_streams():
+            self._stream = HostStream(device)
 
     def start(
         self, heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
     ) -> NearJob:
         """Begin attention over the stored part of [0, length) of `group`.
 
-        Nothing that is stored may change until the job is over.
+        Nothing that is stored may change until the job is over; `settle` waits for that.
 
         Args:
             heads: the range `group` is part of.
@@ -71,6 +82,10 @@ class NearData:
         """
         per_kv = q.shape[1] // heads.shape.num_kv_heads
         q = q[:, group.start * per_kv : group.stop * per_kv]
+        if self._stream is not None:
+            runs = _runs(heads, group, length, q, call)
+            if runs is not None:
+                return self._in_stream(self._stream, runs, heads, q, call)
         # Both buffers are free: the stream has passed the last upload when these queries exist,
         # and the last job is over.
         down = self._buffer("q", q.shape, q.dtype)
@@ -80,26 +95,76 @@ class NearData:
         lse = self._buffer("lse", q.shape[:3], torch.float32)
         after = (ready, heads.last_write)
         work = _Work(heads, group, length, replace(call, q=down), Partial(out, lse), after)
-        return NearJob(self._thread.submit(self._run, work), self._device)
+        return ThreadJob(self._thread.submit(self._run, work), self._device)
+
+    def lap(self) -> Lap | None:
+        """What the jobs since this was asked last took; None if there were none, or if some are
+        still under way and belong to a later answer.
+
+        Raises:
+            InputError, MemoryError: the native library refused one; its result was NaN.
+        """
+        if self._stream is not None:
+            self._finished += self._stream.finished()
+            if self._stream.busy:
+                return None
+        jobs, self._finished = self._finished, []
+        if not jobs:
+            return None
+        return Lap(
+            seconds=max(job.ended for job in jobs) - min(job.started for job in jobs),
+            near_s=sum(job.ended - job.started for job in jobs),
+            near_bytes=sum(job.nbytes for job in jobs),
+        )
+
+    def settle(self) -> None:
+        """Return when every job is over."""
+        if self._stream is not None:
+            self._stream.drain()
 
     def close(self) -> None:
-        """End the thread."""
+        """Return when every job is over; the thread ends."""
+        self.settle()
         self._thread.shutdown()
+
+    def _in_stream(
+        self,
+        stream: HostStream,
+        runs: Sequence[KeyRun],
+        heads: OffloadedHeads,
+        q: Tensor,
+        call: Query,
+    ) -> NearJob:
+        self._finished += stream.finished()
+        nbytes = sum(run.k.nbytes + run.v.nbytes for run in runs)
+        num_threads = max(1, native.threads() - SPARED_THREADS)
+
+        def job_for(down: Tensor, found: Partial) -> NativeJob:
+            return NativeJob(
+                down, runs, found, scale=call.scale, softcap=call.softcap, num_threads=num_threads
+            )
+
+        after = [cast(torch.cuda.Event, t) for t in (self._engine.fence(), heads.last_write)]
+        self.attended_bytes += nbytes
+        return StreamJob(
+            self._engine, *stream.submit(q, call.value_dim, job_for, after=after, nbytes=nbytes)
+        )
 
     def _run(self, work: _Work) -> Partial:
         for ticket in work.after:
             self._engine.done(ticket, block=True)
-        started = time.perf_counter()
+        started, nbytes = time.perf_counter(), 0
         query = work.query
         total = Total(query, query.q, (0, query.q.shape[1]), self._attention, collect=True)
         with torch.inference_mode():
             for piece in work.heads.in_place(work.group, work.length):
                 total.add(piece)
-                self.attended_bytes += piece.k.nbytes + piece.v.nbytes
+                nbytes += piece.k.nbytes + piece.v.nbytes
             found = total.partial
             work.found.out.copy_(found.out)
             work.found.lse.copy_(found.lse)
-        self.seconds += time.perf_counter() - started
+        self.attended_bytes += nbytes
+        self._finished.append(Finished(started, time.perf_counter(), nbytes))
         return work.found
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -116,6 +181,20 @@ class NearData:
         return held[:nbytes].view(dtype).view(shape)
 
 
+class Lap(NamedTuple):
+    """What some jobs took.
+
+    Attributes:
+        seconds: from the first one's begin to the last one's end.
+        near_s: of these, what the CPU spent in its kernel.
+        near_bytes: keys and values it read.
+    """
+
+    seconds: float
+    near_s: float
+    near_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What the thread needs; `found` is where the result goes."""
@@ -128,15 +207,32 @@ class _Work:
     after: tuple[Ticket, ...]
 
 
-class NearJob:
-    """Attention under way on the CPU; leaving its `with` block waits for the end."""
+class NearJob(Protocol):
+    """Attention under way on the CPU; on leaving its `with` block nothing that it needs is needed
+    any more by what is enqueued later."""
+
+    def partial(self) -> Partial:
+        """What was found, on the compute device, for work enqueued from now on."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class ThreadJob:
+    """A job of the thread; asking for its partial waits for it."""
 
     def __init__(self, future: Future[Partial], device: torch.device) -> None:
         self._future = future
         self._device = device
 
     def partial(self) -> Partial:
-        """What was found, on the compute device; waits for the CPU."""
         found = self._future.result()
         if self._device.type == "cpu":
             return Partial(found.out.clone(), found.lse.clone())
@@ -155,3 +251,59 @@ class NearJob:
         trace: TracebackType | None,
     ) -> None:
         self._future.exception()  # waits; `partial` has raised it, or another error is on its way
+
+
+class StreamJob:
+    """A job in a stream of its own; compute waits for it, the host does not."""
+
+    def __init__(self, engine: TransferEngine, found: Partial, done: torch.cuda.Event) -> None:
+        self._engine = engine
+        self._found = found
+        self._done = done
+
+    def partial(self) -> Partial:
+        self._engine.wait(self._done)
+        return self._found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The queries and the result may be let go: compute reuses their memory after the job.
+        self._engine.wait(self._done)
+
+
+def _native_in_streams() -> bool:
+    return native.why_absent() is None and why_no_host_functions() is None
+
+
+def _runs(
+    heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
+) -> list[KeyRun] | None:
+    """The keys that all rows of `call` see, as they lie; None where the native library or the
+    order of the rows asks for more than that."""
+    if not heads.lies_in_order(length):
+        return None
+    everything = 0, q.shape[2]
+    found: list[KeyRun] = []
+    for piece in heads.in_place(group, length):
+        stop = piece.start + piece.k.shape[2]
+        for block in call.recipe.blocks(everything, (piece.start, stop)):
+            if block.rows != everything or block.causal or block.window is not None:
+                return None
+            here = slice(block.keys[0] - piece.start, block.keys[1] - piece.start)
+            bias = block.bias
+            if bias is not None and bias.shape[1] != 1:
+                return None
+            found.append(KeyRun(piece.k[:, :, here], piece.v[:, :, here], bias))
+    if not found:
+        return None
+    k, v = found[0].k, found[0].v
+    biased = any(run.bias is not None for run in found)
+    spec = replace(spec_of(q, k, v, biased=biased, softcap=call.softcap is not None), device="cpu")
+    return None if native.NativeAttention().unsupported(spec) else found

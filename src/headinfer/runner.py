@@ -180,8 +180,6 @@ class Runner:
                 total.finish(out)
             else:
                 self._attend_offloaded(call, heads)
-        if call.near is not None:
-            self._links[layer.device].attended()
         return out
 
     def _foresee(self, call: _Call) -> None:
@@ -326,7 +324,7 @@ class Runner:
         # Tiles staged for a pass that never came may be on their way into slots whose memory is
         # about to be reused, from mappings about to go.
         for link in self._links.values():
-            link.engine.drain()
+            link.drain()
 
     def stats(self) -> Stats:
         """Bytes held now and moved so far."""

@@ -68,10 +68,21 @@ def merge_two(
 
 
 def merge_stacked(
-    outs: Tensor, lses: Tensor, *, out: Tensor, lse: Tensor | None, sink: Tensor | None = None
+    outs: Tensor,
+    lses: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor | None,
+    sink: Tensor | None = None,
+    totals: Tensor | None = None,
 ) -> None:
     """Write the merge of outs [n, b, h, t, d], lses [n, b, h, t], in their order, into out and lse
-    as `merge_two` does; for few rows and many partials."""
+    as `merge_two` does; for few rows and many partials.
+
+    Args:
+        totals: where `outs` are sums that nobody has divided yet, what to divide them by, and then
+            `lses` are the largest scores; laid out like `lses`.
+    """
     parts, batch, heads, rows, width = outs.shape
     outs = _dense(outs)
     align = _alignment(outs, out)
@@ -79,6 +90,7 @@ def merge_stacked(
         _merge_stacked[(batch * heads * rows,)](
             outs,
             lses,
+            totals,
             out,
             lse,
             sink,
@@ -93,6 +105,7 @@ def merge_stacked(
             BLOCK=max(16, triton.next_power_of_2(width)),
             PARTS=STACKED,
             ALIGN=align,
+            DIVIDED=totals is None,
             WRITE_LSE=lse is not None,
             SINK=sink is not None,
         )
@@ -192,21 +205,22 @@ _STACK = [
 
 @triton.jit(do_not_specialize=["parts", "heads", "rows", *_STACK])
 def _merge_stacked(
-    x, x_lse, out, lse, sink,
+    x, x_lse, x_total, out, lse, sink,
     x_n: tl.int64, x_b: tl.int64, x_h: tl.int64, x_t: tl.int64,
     xl_n: tl.int64, xl_b: tl.int64, xl_h: tl.int64, xl_t: tl.int64,
     o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
     ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
     parts, heads, rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
-    WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
+    DIVIDED: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     t, bh = row % rows, row // rows
     h, b = bh % heads, bh // heads
     d, n = tl.arange(0, BLOCK), tl.arange(0, PARTS)
     x += (b * x_b + h * x_h + t * x_t) * ALIGN
-    x_lse += b * xl_b + h * xl_h + t * xl_t
+    lse_place = b * xl_b + h * xl_h + t * xl_t
+    x_lse += lse_place
     top = tl.full([PARTS], -float("inf"), dtype=tl.float32)
     for first in range(0, parts, PARTS):
         here = first + n
@@ -221,9 +235,13 @@ def _merge_stacked(
         inside = (here < parts)[:, None] & (d < WIDTH)[None, :]
         part = tl.load(x + (here * x_n)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0)
         acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)
-        total += weight
+        if DIVIDED:
+            total += weight
+        else:
+            part = tl.load(x_total + lse_place + here * xl_n, mask=here < parts, other=0.0)
+            total += weight * part
     whole = tl.sum(total, 0)
-    found = acc / tl.where(whole == 0.0, 1.0, whole)
+    found = tl.div_rn(acc, tl.broadcast_to(tl.where(whole == 0.0, 1.0, whole), acc.shape))
     logarithm = tl.where(whole == 0.0, largest, safe + tl.log(tl.where(whole == 0.0, 1.0, whole)))
     if WRITE_LSE:
         tl.store(lse + b * ol_b + h * ol_h + t * ol_t, logarithm)

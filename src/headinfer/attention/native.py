@@ -24,7 +24,7 @@ from headinfer.errors import InputError
 LIBRARY = Path("lib", "libheadinfer_native.so")
 """Below the folder of the package."""
 
-ABI = 1
+ABI = 2
 MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16
@@ -104,26 +104,63 @@ def attend(
         InputError: shapes, types, `level` or `num_threads` are not what the library takes.
     """
     library = _library_or_raise()
-    count = threads() if num_threads is None else checked_threads(num_threads)
-    _check(q, k, v, bias, causal=causal)
+    check_call(q, k, v, bias, causal=causal)
+    batch, heads, rows = q.shape[:3]
+    found = Partial(
+        torch.empty((batch, heads, rows, v.shape[-1])), torch.empty((batch, heads, rows))
+    )
+    call, _held = pack_call(
+        q, k, v, found, scale=scale, causal=causal, bias=bias, softcap=softcap, level=level,
+        num_threads=threads() if num_threads is None else checked_threads(num_threads),
+    )  # fmt: skip
+    status = library.headinfer_attend(call)
+    if status:
+        raise_for(status, f"attention of {_shapes(q, k, v)}")
+    return found
+
+
+def pack_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: Partial,
+    *,
+    scale: float,
+    num_threads: int,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    level: str | None = None,
+) -> tuple[bytes, list[Tensor]]:
+    """A call of `attend`, found good by `check_call`, as the library takes it, and the tensors that
+    must stay until it is over.
+
+    Args:
+        found: out [b, h * q_per_kv, t, e] and lse [b, h * q_per_kv, t], contiguous float32.
+    """
     k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, key_dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
-    out, lse = torch.empty((batch, heads, rows, value_dim)), torch.empty((batch, heads, rows))
     bias, biased = _bias(bias, (batch, heads, rows, keys))
     call = _CALL.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), lse.data_ptr(),
+        found.out.data_ptr(), found.lse.data_ptr(),
         batch, kv_heads, heads // kv_heads, rows, keys, key_dim, value_dim,
         *q.stride(), *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         scale, 0.0 if softcap is None else softcap,
-        _TYPES[q.dtype], biased, causal, count, _level_index(level),
+        _TYPES[q.dtype], biased, causal, num_threads, _level_index(level),
     )  # fmt: skip
-    status = library.headinfer_attend(call)
-    if status:
-        _raise_for(status, f"attention of {_shapes(q, k, v)}")
-    return Partial(out, lse)
+    return call, [k, v] if bias is None else [k, v, bias]
+
+
+def function_address(name: str) -> int:
+    """Where the library's function `name` lies.
+
+    Raises:
+        InputError: there is no library.
+    """
+    return ctypes.cast(getattr(_library_or_raise(), name), ctypes.c_void_p).value or 0
 
 
 def threads() -> int:
@@ -199,7 +236,7 @@ def touch(address: int, nbytes: int, *, num_threads: int | None = None) -> None:
     """
     count = threads() if num_threads is None else checked_threads(num_threads)
     status = _library_or_raise().headinfer_touch(address, nbytes, count)
-    _raise_for(status, f"touching {nbytes:,} bytes")
+    raise_for(status, f"touching {nbytes:,} bytes")
 
 
 def read_seconds(address: int, nbytes: int, *, num_threads: int | None = None) -> float:
@@ -212,7 +249,7 @@ def read_seconds(address: int, nbytes: int, *, num_threads: int | None = None) -
     seconds = ctypes.c_double()
     library = _library_or_raise()
     status = library.headinfer_read(address, nbytes, count, ctypes.byref(seconds))
-    _raise_for(status, f"reading {nbytes:,} bytes")
+    raise_for(status, f"reading {nbytes:,} bytes")
     return seconds.value
 
 
@@ -231,14 +268,18 @@ _PROBLEMS = {
 }
 
 
-def _raise_for(status: int, what: str) -> None:
+def raise_for(status: int, what: str) -> None:
+    """Raise what `status` of a call of the library means; 0 is success."""
     if status == 0:
         return
     message = f"{what} was refused by the native library: {_PROBLEMS.get(status, status)}"
     raise MemoryError(message) if status == 6 else InputError(message)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, causal: bool) -> None:
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, causal: bool = False
+) -> None:
+    """Raise InputError unless q, k, v and bias can be what `attend` takes."""
     if not (q.dim() == k.dim() == v.dim() == 4 and q.dtype == k.dtype == v.dtype):
         raise InputError(
             f"native attention takes q, k, v [b, h, t, d] of one type, got {_shapes(q, k, v)} of "

@@ -93,12 +93,13 @@ class TritonAttention:
         if splits == 1:
             return _launch(q, k, v, scale, bias, softcap, window, tiles, 1, split_keys)
         parts = _launch(q, k, v, scale, bias, softcap, window, tiles, splits, split_keys)
+        tops, totals = parts.lse
         from headinfer.attention.merge_kernels import merge_stacked
 
         batch, heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
-        merge_stacked(parts.out, parts.lse, out=out, lse=lse)
+        merge_stacked(parts.out, tops, out=out, lse=lse, totals=totals)
         return Partial(out, lse)
 
 
@@ -166,8 +167,8 @@ _HALF = {
 _FLOAT32 = {
     16: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
     32: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    64: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    128: _Choice(Tiles(16, 32, 4, 2), Tiles(64, 32, 16, 2), Tiles(64, 32, 16, 2)),
+    64: _Choice(Tiles(16, 32, 2, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    128: _Choice(Tiles(16, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
     256: _Choice(Tiles(16, 16, 4, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2)),
 }
 
@@ -206,14 +207,15 @@ def _launch(
     splits: int,
     split_keys: int,
 ) -> Partial:
-    """Partials of every split, out [splits, b, h, t, e] in float32, or of all keys, in q's type."""
+    """Attention over all keys, in q's type; or of every split the sums, [splits, b, h, t, e] in
+    float32, with largest scores and what to divide by, [2, splits, b, h, t]."""
     from headinfer.attention.triton_kernels import attend_kernel
 
     batch, heads, rows, dim = q.shape
     kv_heads, keys, width = k.shape[1], k.shape[2], v.shape[-1]
     shape = (splits, batch, rows, heads, width)
     out = q.new_empty(shape, dtype=torch.float32 if splits > 1 else q.dtype)
-    lse = q.new_empty((splits, batch, heads, rows), dtype=torch.float32)
+    lse = q.new_empty((2 if splits > 1 else 1, splits, batch, heads, rows), dtype=torch.float32)
     kind, bias, bias_strides = _bias(bias)
     k, v = _near(k), _near(v)
     align = _alignment(q, k, v)
@@ -249,11 +251,12 @@ def _launch(
             BIAS=kind,
             PRECISE=q.dtype == torch.float32,
             ALIGN=align,
+            SPLIT=splits > 1,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
     found = out.transpose(2, 3)
-    return Partial(found, lse) if splits > 1 else Partial(found[0], lse[0])
+    return Partial(found, lse) if splits > 1 else Partial(found[0], lse[0, 0])
 
 
 def _bias(bias: Tensor | None) -> tuple[int, Tensor | None, tuple[int, int, int, int]]:

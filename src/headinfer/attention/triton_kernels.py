@@ -149,7 +149,7 @@ def attend_kernel(
     kv_heads, q_per_kv, rows, keys, split_keys, window_offset, window_size,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    BIAS: tl.constexpr, PRECISE: tl.constexpr, ALIGN: tl.constexpr,
+    BIAS: tl.constexpr, PRECISE: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one KV head over one split of the keys.
 
@@ -158,7 +158,9 @@ def attend_kernel(
     Strides of q, k and v other than the last come divided by ALIGN. BIAS: 0 there is none, 1 bytes
     that are true where a key is seen, 2 numbers to add.
     Split i sees keys [i * split_keys, (i + 1) * split_keys), split_keys a multiple of BLOCK_N.
-    Writes out [splits, batch, rows, heads, E] and lse [splits, batch, heads, rows], contiguous.
+    Writes out [splits, batch, rows, heads, E] and lse [splits, batch, heads, rows], contiguous. If
+    SPLIT these are sums that nobody has divided yet and the largest score of each row, and what to
+    divide by follows in a second lse: a log-sum-exp is rounded, which shows where splits merge.
     """
     # A factor that the compiler sees is how it learns that rows are aligned.
     q_b, q_h, q_t = q_b * ALIGN, q_h * ALIGN, q_t * ALIGN
@@ -236,11 +238,15 @@ def attend_kernel(
 
     blank = total == 0.0
     safe = tl.where(blank, 1.0, total)
-    found = acc / safe[:, None]
-    if NATURAL:
-        logarithm = top + tl.log(safe)
+    if SPLIT:
+        found = acc
+        logarithm = top if NATURAL else top * 0.6931471805599453
     else:
-        logarithm = (top + tl.log2(safe)) * 0.6931471805599453
+        found = tl.div_rn(acc, tl.broadcast_to(safe[:, None], acc.shape))
+        if NATURAL:
+            logarithm = top + tl.log(safe)
+        else:
+            logarithm = (top + tl.log2(safe)) * 0.6931471805599453
     logarithm = tl.where(blank, -float("inf"), logarithm)
     batches, heads = tl.num_programs(1) // kv_heads, kv_heads * q_per_kv
     place = (split * batches + batch).to(tl.int64) * rows * heads
@@ -250,4 +256,8 @@ def attend_kernel(
         found.to(out.dtype.element_ty),
         mask=real[:, None] & (e < E)[None, :],
     )
-    tl.store(lse + place + head.to(tl.int64) * rows + position, logarithm, mask=real)
+    row = place + head.to(tl.int64) * rows + position
+    tl.store(lse + row, logarithm, mask=real)
+    if SPLIT:
+        after = tl.num_programs(2).to(tl.int64) * batches * rows * heads
+        tl.store(lse + after + row, total, mask=real)

@@ -148,6 +148,10 @@ class OffloadedHeads:
         start = self.recent[0].start if self.recent else self.store.stored
         return min(start, length)
 
+    def lies_in_order(self, length: int) -> bool:
+        """Whether the stored part of [0, length) has its batch rows in today's order."""
+        return all(run.row_map is None for run in self.store.runs(Span(0, length)))
+
     def in_place(self, group: HeadGroup, length: int) -> Iterator[Piece]:
         """The stored part of [0, length) of `group` as it lies in the tier, for a processor that
         reads it there. `last_write` has to be done."""

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native jobs in the order of a CUDA stream: queries come down, the CPU attends, partials go up,
+and no thread of Python waits for any of it.
+
+The CUDA driver calls a host function when its stream gets there, and the stream goes on when it
+returns (cuLaunchHostFunc). So a whole decode step can be enqueued ahead, as it can be where every
+head streams.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headinfer.attention.native_job import NativeJob
+from headinfer.attention.types import Partial
+from headinfer.errors import HeadInferError
+
+
+class Finished(NamedTuple):
+    """A job that is over: when it ran, by the monotonic clock, and what it read."""
+
+    started: float
+    ended: float
+    nbytes: int
+
+
+class _Issued(NamedTuple):
+    done: torch.cuda.Event
+    job: NativeJob
+    nbytes: int
+
+
+class HostStream:
+    """One CUDA stream of native jobs, which run in the order given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._issued: deque[_Issued] = deque()
+        # Page-locked, and one of each: a job's queries come down when the job before has left.
+        self._down = torch.empty(0, dtype=torch.uint8)
+        self._up = torch.empty(0, dtype=torch.float32)
+
+    def submit(
+        self,
+        q: Tensor,
+        value_dim: int,
+        job_for: Callable[[Tensor, Partial], NativeJob],
+        *,
+        after: Sequence[torch.cuda.Event],
+        nbytes: int,
+    ) -> tuple[Partial, torch.cuda.Event]:
+        """Enqueue a job.
+
+        Args:
+            q: [b, h, t, d] on the device.
+            value_dim: width of the result.
+            job_for: makes the job, from queries and a place for the result in host memory.
+            after: what has to be done before.
+            nbytes: keys and values that it reads.
+
+        Returns:
+            The result on the device, and what has to be waited for before it is read or let go.
+        """
+        lse_size = q.shape[:3].numel()
+        self._reserve(q.nbytes, lse_size * (value_dim + 1))
+        down = self._down[: q.nbytes].view(q.dtype).view(q.shape)
+        up = self._up[: lse_size * (value_dim + 1)]
+        landed = torch.empty_like(up, device=self._device)
+        job = job_for(down, _partial(up, q.shape, value_dim))
+        with torch.cuda.stream(self._stream):
+            for event in after:
+                self._stream.wait_event(event)
+            down.copy_(q, non_blocking=True)
+            _launch(self._stream, job)
+            landed.copy_(up, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self._issued.append(_Issued(done, job, nbytes))
+        return _partial(landed, q.shape, value_dim), done
+
+    def finished(self) -> list[Finished]:
+        """The jobs that are over since this was asked last.
+
+        Raises:
+            InputError, MemoryError: the native library refused one; its result was NaN.
+        """
+        found = []
+        while self._issued and self._issued[0].done.query():
+            issued = self._issued.popleft()
+            found.append(Finished(*issued.job.times(), issued.nbytes))
+        return found
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is not known to be over."""
+        return bool(self._issued)
+
+    def drain(self) -> None:
+        """Return when every job is over."""
+        self._stream.synchronize()
+
+    def _reserve(self, down_bytes: int, up_floats: int) -> None:
+        if down_bytes <= self._down.numel() and up_floats <= self._up.numel():
+            return
+        self.drain()
+        # An inference tensor could not be written to by a later call outside that mode.
+        with torch.inference_mode(False):
+            if down_bytes > self._down.numel():
+                self._down = torch.empty(down_bytes, dtype=torch.uint8, pin_memory=True)
+            if up_floats > self._up.numel():
+                self._up = torch.empty(up_floats, dtype=torch.float32, pin_memory=True)
+
+
+def why_no_host_functions() -> str | None:
+    """Why the driver cannot call the CPU from a stream; None if it can."""
+    found = _driver()
+    return found if isinstance(found, str) else None
+
+
+def _partial(memory: Tensor, shape: torch.Size, value_dim: int) -> Partial:
+    """Out [b, h, t, value_dim] and lse [b, h, t] in `memory`."""
+    lse_size = shape[:3].numel()
+    out = memory[: lse_size * value_dim].view(*shape[:3], value_dim)
+    return Partial(out, memory[lse_size * value_dim :].view(shape[:3]))
+
+
+def _launch(stream: torch.cuda.Stream, job: NativeJob) -> None:
+    driver = _driver()
+    if isinstance(driver, str):
+        raise HeadInferError(driver)
+    status = driver(stream.cuda_stream, NativeJob.function(), job.address)
+    if status:
+        raise HeadInferError(
+            f"the CUDA driver did not take a host function (status {status}); near_data=0 leaves "
+            "the CPU out"
+        )
+
+
+@cache
+def _driver() -> Callable[[int, int, int], int] | str:
+    """cuLaunchHostFunc, or why there is none."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuLaunchHostFunc
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver has no host functions: {error}"
+    function.argtypes = [ctypes.c_void_p] * 3
+    function.restype = ctypes.c_int
+    return function

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job over several runs of keys is attention over all of them, and says when it failed."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention import native
+from headinfer.attention.native_job import KeyRun, NativeJob
+from headinfer.attention.types import Partial
+from headinfer.errors import InputError
+from headinfer.testing.numerics import check, eager, oracle
+
+ABSENT = native.why_absent()
+pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def make(dtype, *, b=1, h=2, g=2, t=1, s=700, d=64, e=48, seed=0):
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random).to(dtype)
+
+    return normal(b, h * g, t, d), normal(b, h, s, d), normal(b, h, s, e)
+
+
+def place(q, e):
+    return Partial(torch.full((*q.shape[:3], e), 7.0), torch.full(q.shape[:3], 7.0))
+
+
+def attended(q, k, v, cuts, bias=None, **how):
+    cuts = [0, *cuts, k.shape[2]]
+    runs = [
+        KeyRun(k[:, :, a:b], v[:, :, a:b], None if bias is None else bias[..., a:b])
+        for a, b in pairwise(cuts)
+    ]
+    found = place(q, v.shape[-1])
+    how = {"scale": q.shape[-1] ** -0.5, "softcap": None, **how}
+    job = NativeJob(q, runs, found, **how)
+    job.run()
+    return found, job
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    b=st.integers(1, 2),
+    g=st.integers(1, 8),
+    t=st.integers(1, 5),
+    cuts=st.lists(st.integers(0, 700), max_size=4).map(sorted),
+    softcap=st.sampled_from([None, 3.0]),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_cuts_do_not_change_the_answer(dtype, b, g, t, cuts, softcap, biased, seed):
+    q, k, v = make(dtype, b=b, g=g, t=t, seed=seed)
+    bias = None
+    if biased:
+        bias = torch.rand((b, 1, 1, 700), generator=torch.Generator().manual_seed(seed)) < 0.5
+    found, _ = attended(q, k, v, cuts, bias, softcap=softcap)
+    how = {"scale": q.shape[-1] ** -0.5, "softcap": softcap, "bias": bias}
+    check(found.out, eager(q, k, v, **how).out, oracle(q, k, v, **how).out)
+
+
+def test_one_run_has_the_bits_of_a_call():
+    q, k, v = make(torch.bfloat16, t=3)
+    found, _ = attended(q, k, v, [])
+    call = native.attend(q, k, v, scale=q.shape[-1] ** -0.5)
+    assert torch.equal(found.out, call.out)
+    assert torch.equal(found.lse, call.lse)
+
+
+def test_hidden_runs_do_not_count_and_rows_that_see_nothing_are_zero():
+    q, k, v = make(torch.float32)
+    bias = torch.zeros((1, 1, 1, 700), dtype=torch.bool)
+    nothing, _ = attended(q, k, v, [300], bias)
+    assert not nothing.out.any()
+    assert bool((nothing.lse == -torch.inf).all())
+    bias[..., 300:] = True
+    some, _ = attended(q, k, v, [300], bias)
+    only, _ = attended(q, k[:, :, 300:], v[:, :, 300:], [])
+    assert torch.equal(some.out, only.out)
+    assert torch.equal(some.lse, only.lse)
+
+
+def test_what_is_not_finite_in_one_run_shows():
+    q, k, v = make(torch.float32, t=2)
+    k[0, 0, 10] = torch.nan
+    found, _ = attended(q, k, v, [300, 500])
+    assert bool(found.lse[:, :2].isnan().all())
+    assert not bool(found.lse[:, 2:].isnan().any())
+
+
+def test_it_runs_on_any_thread_and_says_when():
+    q, k, v = make(torch.bfloat16, s=5000)
+    before = time.perf_counter()
+    with ThreadPoolExecutor(1) as thread:
+        _, job = thread.submit(attended, q, k, v, [1000]).result()
+    started, ended = job.times()
+    assert before <= started < ended <= time.perf_counter()
+
+
+def test_a_job_that_did_not_run_or_failed_raises_and_leaves_nan():
+    q, k, v = make(torch.float32)
+    found = place(q, v.shape[-1])
+    job = NativeJob(q, [KeyRun(k, v)], found, scale=1.0, softcap=None)
+    with pytest.raises(InputError, match="near the data"):
+        job.times()
+    wrong = NativeJob(q, [KeyRun(k, v)] * 2, found, scale=1.0, softcap=-1.0)
+    wrong.run()
+    with pytest.raises(InputError, match="do not belong together"):
+        wrong.times()
+    assert bool(found.out.isnan().all())
+    assert bool(found.lse.isnan().all())
+
+
+def test_a_job_needs_runs_and_agreeing_shapes():
+    q, k, v = make(torch.float32)
+    with pytest.raises(InputError, match="no runs"):
+        NativeJob(q, [], place(q, 48), scale=1.0, softcap=None)
+    with pytest.raises(InputError, match="disagree"):
+        NativeJob(q, [KeyRun(k, v[:, :, 1:])], place(q, 48), scale=1.0, softcap=None)
+    with pytest.raises(InputError, match="0 threads"):
+        NativeJob(q, [KeyRun(k, v)], place(q, 48), scale=1.0, softcap=None, num_threads=0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -24,17 +25,50 @@ from headinfer.errors import HeadInferError
 
 
 class Finished(NamedTuple):
-    """A job that is over: when it ran, by the monotonic clock, and what it read."""
+    """A job that is over.
+
+    Attributes:
+        started, ended: when it ran, by the monotonic clock.
+        slack_s: how much later its result came than it was asked for; negative if earlier.
+        nbytes: of keys and values that it read.
+    """
 
     started: float
     ended: float
+    slack_s: float
     nbytes: int
 
 
-class _Issued(NamedTuple):
-    done: torch.cuda.Event
+@dataclass(slots=True)
+class HostJob:
+    """A job of a `HostStream`.
+
+    Attributes:
+        found: the result on the device, there for work enqueued after `wait`.
+    """
+
+    found: Partial
     job: NativeJob
     nbytes: int
+    begun: torch.cuda.Event
+    done: torch.cuda.Event
+    _asked: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Work enqueued from now on on the current stream comes after the job."""
+        stream = torch.cuda.current_stream(self.found.out.device)
+        if self._asked is None:
+            self._asked = torch.cuda.Event(enable_timing=True)
+            self._asked.record(stream)
+        stream.wait_event(self.done)
+
+    def finished(self) -> Finished | None:
+        """What it took; None while it is under way, or nothing has come to ask for it."""
+        if self._asked is None or not self._asked.query() or not self.done.query():
+            return None
+        # From an event before both: a time between two events is no less than zero.
+        slack_ms = self.begun.elapsed_time(self.done) - self.begun.elapsed_time(self._asked)
+        return Finished(*self.job.times(), slack_ms / 1e3, self.nbytes)
 
 
 class HostStream:
@@ -43,7 +77,7 @@ class HostStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._issued: deque[_Issued] = deque()
+        self._issued: deque[HostJob] = deque()
         # Page-locked, and one of each: a job's queries come down when the job before has left.
         self._down = torch.empty(0, dtype=torch.uint8)
         self._up = torch.empty(0, dtype=torch.float32)
@@ -56,18 +90,15 @@ class HostStream:
         *,
         after: Sequence[torch.cuda.Event],
         nbytes: int,
-    ) -> tuple[Partial, torch.cuda.Event]:
-        """Enqueue a job.
+    ) -> HostJob:
+        """Enqueue a job; its `wait` has to be called before what it was given is let go.
 
         Args:
-            q: [b, h, t, d] on the device.
+            q: [b, h, t, d] on the device, made by what is enqueued on the current stream.
             value_dim: width of the result.
             job_for: makes the job, from queries and a place for the result in host memory.
             after: what has to be done before.
             nbytes: keys and values that it reads.
-
-        Returns:
-            The result on the device, and what has to be waited for before it is read or let go.
         """
         lse_size = q.shape[:3].numel()
         self._reserve(q.nbytes, lse_size * (value_dim + 1))
@@ -75,16 +106,18 @@ class HostStream:
         up = self._up[: lse_size * (value_dim + 1)]
         landed = torch.empty_like(up, device=self._device)
         job = job_for(down, _partial(up, q.shape, value_dim))
+        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for event in after:
+            for event in (begun, *after):
                 self._stream.wait_event(event)
             down.copy_(q, non_blocking=True)
             _launch(self._stream, job)
             landed.copy_(up, non_blocking=True)
-            done = torch.cuda.Event()
             done.record(self._stream)
-        self._issued.append(_Issued(done, job, nbytes))
-        return _partial(landed, q.shape, value_dim), done
+        issued = HostJob(_partial(landed, q.shape, value_dim), job, nbytes, begun, done)
+        self._issued.append(issued)
+        return issued
 
     def finished(self) -> list[Finished]:
         """The jobs that are over since this was asked last.
@@ -92,10 +125,13 @@ class HostStream:
         Raises:
             InputError, MemoryError: the native library refused one; its result was NaN.
         """
-        found = []
-        while self._issued and self._issued[0].done.query():
-            issued = self._issued.popleft()
-            found.append(Finished(*issued.job.times(), issued.nbytes))
+        found: list[Finished] = []
+        while self._issued:
+            job = self._issued[0].finished()
+            if job is None:
+                break
+            self._issued.popleft()
+            found.append(job)
         return found
 
     @property

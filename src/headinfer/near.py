@@ -25,7 +25,7 @@ from headinfer.attention.masks import on_host
 from headinfer.attention.native_job import KeyRun, NativeJob
 from headinfer.attention.types import Partial
 from headinfer.heads import OffloadedHeads
-from headinfer.host_stream import Finished, HostStream, why_no_host_functions
+from headinfer.host_stream import Finished, HostJob, HostStream, why_no_host_functions
 from headinfer.layout import HeadGroup
 from headinfer.totals import Query, Total
 from headinfer.transfer import CudaEngine, Ticket, TransferEngine
@@ -95,7 +95,7 @@ class NearData:
         lse = self._buffer("lse", q.shape[:3], torch.float32)
         after = (ready, heads.last_write)
         work = _Work(heads, group, length, replace(call, q=down), Partial(out, lse), after)
-        return ThreadJob(self._thread.submit(self._run, work), self._device)
+        return ThreadJob(self._thread.submit(self._run, work), self._device, self._finished)
 
     def lap(self) -> Lap | None:
         """What the jobs since this was asked last took; None if there were none, or if some are
@@ -108,13 +108,15 @@ class NearData:
             self._finished += self._stream.finished()
             if self._stream.busy:
                 return None
-        jobs, self._finished = self._finished, []
+        jobs = list(self._finished)
+        self._finished.clear()
         if not jobs:
             return None
         return Lap(
             seconds=max(job.ended for job in jobs) - min(job.started for job in jobs),
             near_s=sum(job.ended - job.started for job in jobs),
             near_bytes=sum(job.nbytes for job in jobs),
+            slack_s=sum(job.slack_s for job in jobs),
         )
 
     def settle(self) -> None:
@@ -144,13 +146,11 @@ class NearData:
                 down, runs, found, scale=call.scale, softcap=call.softcap, num_threads=num_threads
             )
 
-        after = [cast(torch.cuda.Event, t) for t in (self._engine.fence(), heads.last_write)]
+        after = [cast(torch.cuda.Event, heads.last_write)]
         self.attended_bytes += nbytes
-        return StreamJob(
-            self._engine, *stream.submit(q, call.value_dim, job_for, after=after, nbytes=nbytes)
-        )
+        return StreamJob(stream.submit(q, call.value_dim, job_for, after=after, nbytes=nbytes))
 
-    def _run(self, work: _Work) -> Partial:
+    def _run(self, work: _Work) -> tuple[Partial, float, float, int]:
         for ticket in work.after:
             self._engine.done(ticket, block=True)
         started, nbytes = time.perf_counter(), 0
@@ -164,8 +164,7 @@ class NearData:
             work.found.out.copy_(found.out)
             work.found.lse.copy_(found.lse)
         self.attended_bytes += nbytes
-        self._finished.append(Finished(started, time.perf_counter(), nbytes))
-        return work.found
+        return work.found, started, time.perf_counter(), nbytes
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Page-locked memory that stays where it is as long as shapes do not grow."""
@@ -188,11 +187,13 @@ class Lap(NamedTuple):
         seconds: from the first one's begin to the last one's end.
         near_s: of these, what the CPU spent in its kernel.
         near_bytes: keys and values it read.
+        slack_s: how much later than asked for the results came, in all; negative if earlier.
     """
 
     seconds: float
     near_s: float
     near_bytes: int
+    slack_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +229,20 @@ class NearJob(Protocol):
 class ThreadJob:
     """A job of the thread; asking for its partial waits for it."""
 
-    def __init__(self, future: Future[Partial], device: torch.device) -> None:
+    def __init__(
+        self,
+        future: Future[tuple[Partial, float, float, int]],
+        device: torch.device,
+        finished: list[Finished],
+    ) -> None:
         self._future = future
         self._device = device
+        self._finished = finished
 
     def partial(self) -> Partial:
-        found = self._future.result()
+        asked = time.perf_counter()
+        found, started, ended, nbytes = self._future.result()
+        self._finished.append(Finished(started, ended, ended - asked, nbytes))
         if self._device.type == "cpu":
             return Partial(found.out.clone(), found.lse.clone())
         return Partial(
@@ -256,14 +265,12 @@ class ThreadJob:
 class StreamJob:
     """A job in a stream of its own; compute waits for it, the host does not."""
 
-    def __init__(self, engine: TransferEngine, found: Partial, done: torch.cuda.Event) -> None:
-        self._engine = engine
-        self._found = found
-        self._done = done
+    def __init__(self, job: HostJob) -> None:
+        self._job = job
 
     def partial(self) -> Partial:
-        self._engine.wait(self._done)
-        return self._found
+        self._job.wait()
+        return self._job.found
 
     def __enter__(self) -> Self:
         return self
@@ -275,7 +282,7 @@ class StreamJob:
         trace: TracebackType | None,
     ) -> None:
         # The queries and the result may be let go: compute reuses their memory after the job.
-        self._engine.wait(self._done)
+        self._job.wait()
 
 
 def _native_in_streams() -> bool:

@@ -31,7 +31,7 @@ def test_replayed_steps_give_the_same_tokens(name, residents, near):
     model.set_attn_implementation("eager")
     expected = generate(model, ids)
     options = {**STREAMED, "resident_heads": residents, "near_data": near}
-    with headinfer.attach(model, step_graphs=True, **options) as run:
+    with headinfer.attach(model, **options) as run:
         assert torch.equal(generate(model, ids), expected)
         assert run.graphs is not None
         assert run.graphs.replayed > 0 or run.graphs.refused or name in {"gemma3", "gpt2"}
@@ -48,7 +48,7 @@ def test_a_padded_batch_and_beams():
     mask[1, :60] = 0
     model.set_attn_implementation("eager")
     expected = generate(model, ids, attention_mask=mask), generate(model, ids, num_beams=3)
-    with headinfer.attach(model, step_graphs=True, near_data=0.5, **STREAMED) as run:
+    with headinfer.attach(model, near_data=0.5, **STREAMED) as run:
         assert torch.equal(generate(model, ids, attention_mask=mask), expected[0])
         assert torch.equal(generate(model, ids, num_beams=3), expected[1])
         assert run.graphs is not None
@@ -65,10 +65,10 @@ def test_a_step_that_reads_the_gpu_goes_on_unrecorded():
     inner = mlp.forward
     mlp.forward = lambda x: inner(x) * (1.0 if x.sum().item() == x.sum().item() else 2.0)
     for _ in range(2):
-        with headinfer.attach(model, step_graphs=True, resident_heads=0, **STREAMED) as run:
+        with headinfer.attach(model, resident_heads=0, **STREAMED) as run:
             assert torch.equal(generate(model, ids), expected)
             assert "captur" in run.graphs.refused
     del mlp.forward
-    with headinfer.attach(model, step_graphs=True, resident_heads=0, **STREAMED) as run:
+    with headinfer.attach(model, resident_heads=0, **STREAMED) as run:
         assert torch.equal(generate(model, ids), expected)
         assert run.graphs.replayed > 0

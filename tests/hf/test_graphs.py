@@ -170,14 +170,39 @@ def test_what_is_not_a_plain_decode_step_is_not_replayed(llama: Any, ids: Any) -
         assert len(run.graphs._steps) == 1
 
 
-def test_a_model_with_hooks_inside_is_left_alone(llama: Any, ids: Any) -> None:
-    handle = llama.model.layers[0].register_forward_hook(lambda *_: None)
-    with headinfer.attach(llama) as run:
+def test_hooks_are_called_for_every_step(llama: Any, ids: Any, options: dict[str, Any]) -> None:
+    """Also those that come while steps are replayed; without them, steps are replayed again."""
+    tokens, seen = ids(60), []
+    with headinfer.attach(llama, **options) as run:
         run.replay_with(TapeRecorder)
-        assert run.graphs is not None
-        assert "model.layers.0 has forward hooks" in run.graphs.refused
-        assert "forward" not in llama.__dict__
-    handle.remove()
+        llama.generate(tokens, max_new_tokens=10, do_sample=False)
+        before = run.graphs.replayed
+        hook = llama.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        llama.generate(tokens, max_new_tokens=10, do_sample=False)
+        assert len(seen) >= 10
+        assert run.graphs.replayed == before
+        hook.remove()
+        llama.generate(tokens, max_new_tokens=10, do_sample=False)
+        assert run.graphs.replayed > before
+
+
+def test_other_weights_are_not_answered_for_by_an_old_recording(
+    build: Any, ids: Any, options: dict[str, Any]
+) -> None:
+    model, other, tokens = build("llama"), build("llama"), ids(60)
+    torch.manual_seed(5)
+    for weight in other.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    expected = stock(other, tokens)
+    with headinfer.attach(model, **options) as run:
+        run.replay_with(TapeRecorder)
+        before = model.generate(tokens, max_new_tokens=NEW, do_sample=False)
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.data = theirs.data
+        found = model.generate(tokens, max_new_tokens=NEW, do_sample=False)
+        assert run.graphs.refused == ""
+    assert not torch.equal(found, before)
+    assert torch.equal(found, expected)
 
 
 def test_closing_and_copying_leave_plain_models(llama: Any, ids: Any) -> None:

@@ -96,7 +96,13 @@ def _span(
             score = tl.dot(q, tl.trans(key))
         value = _load(v_from + v_place, here, stop, e, E, BLOCK_E, MASKED)
         if SOFTCAP:
-            score = softcap * UNIT * _tanh(score * (scale / softcap), PRECISE)
+            if PRECISE:
+                # A quotient of the two, rounded once, would stretch all scores alike.
+                score *= scale
+                score = tl.div_rn(score, tl.zeros_like(score) + softcap)
+            else:
+                score *= scale / softcap
+            score = softcap * UNIT * _tanh(score, PRECISE)
         else:
             score *= scale * UNIT
         if MASKED:

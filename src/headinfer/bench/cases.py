@@ -66,7 +66,9 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("near-data", "headinfer, near-data only", True, 1.02),
         Contestant("mixed", "headinfer, mixed", True, 1.02),
         Contestant("planned", "headinfer, as planned", True, 1.02),
-        Contestant("replayed", "headinfer, as planned, steps replayed", True, 1.02),
+        Contestant(
+            "unrecorded", "headinfer, as planned, steps run by the model's code", True, 1.02
+        ),
         Contestant("all-resident", "headinfer, all resident", True, 0.0),
     )
 }
@@ -134,7 +136,7 @@ CASES: dict[str, Case] = {
             name="resident-8b",
             mode=Mode.GENERATE,
             contexts=_lengths(8),
-            contestants=("resident", "all-resident", "planned", "replayed"),
+            contestants=("resident", "all-resident", "planned", "unrecorded"),
             repeats=5,
             steps=32,
         ),

@@ -193,10 +193,10 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         options["gpu_memory"] = ground.cap
     if name == "planned":
         return options
-    if name == "replayed":
+    if name == "unrecorded":
         if ground.device.type == "cpu":
-            raise NotAvailable("steps are replayed as CUDA graphs")
-        return {**options, "step_graphs": True}
+            raise NotAvailable("on a CPU no step is recorded")
+        return {**options, "step_graphs": False}
     if ground.device.type == "cpu":
         options["staging"] = True  # otherwise a CPU attends everything in place
     if name == "all-resident":

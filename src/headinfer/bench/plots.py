@@ -29,7 +29,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "near-data": ("#F0E442", "D", "--"),
     "mixed": ("#009E73", "P", "-"),
     "planned": ("#0072B2", "o", "-"),
-    "replayed": ("#E69F00", "*", "-"),
+    "unrecorded": ("#E69F00", "*", "-"),
     "all-resident": ("#999999", "X", "--"),
 }
 """Colour, marker and line: the palette of Okabe and Ito, told apart without colour as well."""

@@ -56,7 +56,7 @@ def attach(
     *,
     observer: Observer | None = None,
     batch_size: int | None = None,
-    step_graphs: bool = False,
+    step_graphs: bool = True,
     **options: Unpack[CacheOptions],
 ) -> Session:
     """`model` keeps its keys and values head by head until the session is closed.
@@ -69,8 +69,10 @@ def attach(
         observer: receives an event per forward pass.
         batch_size: sequences at once, beams counted, for the plan made with `expected_tokens`
             before the first forward pass, which tells by itself; default 1.
-        step_graphs: record what lies between the attention calls of a decode step as CUDA graphs
-            and replay it, after checking that a replayed step agrees with the model's own.
+        step_graphs: on CUDA, record what lies between the attention calls of a decode step as
+            graphs and replay it, after checking that a replayed step agrees with the model's own;
+            `session.graphs.refused` says why that is not done for a model. False leaves every
+            step to the model's code.
         options: see `CacheOptions`.
 
     Raises:
@@ -135,7 +137,7 @@ class Session:
         observer: Observer | None,
         batch_size: int | None = None,
         *,
-        step_graphs: bool = False,
+        step_graphs: bool = True,
     ) -> None:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r} is not usable; give a whole number >= 1")

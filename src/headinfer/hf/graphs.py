@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 MOST_TOKENS = 16
 MOST_SHAPES = 4
 """Shapes of decode steps recorded per model: batches of beams, speculative tokens."""
+CAPTURING = "transformers.utils.output_capturing"
 AGREE = 8
 """Roundings by which a replayed step may differ from the model's own: another order of sums."""
 
@@ -62,6 +63,9 @@ class StepGraphs:
         self._recorder = recorder
         self._steps: dict[tuple[Any, ...], _Recorded] = {}
         self._names = set(inspect.signature(model.forward).parameters)
+        self._modules = tuple(model.modules())
+        self._recorded_from = _state_of(model)
+        self._looked = True
         self.refused = _why_not(model)
         self.replayed = 0
         functools.update_wrapper(self, model.forward)
@@ -73,6 +77,10 @@ class StepGraphs:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self._recordable(args, kwargs)
         if given is None:
+            self._looked = False
+            return self._forward(*args, **kwargs)
+        self._look()
+        if self.refused:
             return self._forward(*args, **kwargs)
         cache, ids = kwargs["past_key_values"], given["input_ids"]
         length = int(cache.get_seq_length())
@@ -118,6 +126,8 @@ class StepGraphs:
             return None
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             return None
+        if any(map(_watched, self._modules[1:])):
+            return None  # somebody watches: nothing would be seen of a replayed step
         length = int(cache.get_seq_length())
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -129,6 +139,19 @@ class StepGraphs:
         if "cache_position" in self._names:
             found["cache_position"] = torch.arange(length, length + ids.shape[1], device=ids.device)
         return found
+
+    def _look(self) -> None:
+        """Between generations a model may have been given other weights or modules: what was recorded
+        from the old ones goes. Once per generation, as it takes as long as a small layer."""
+        if self._looked:
+            return
+        self._looked = True
+        state = _state_of(self._model)
+        if state != self._recorded_from:
+            self._recorded_from = state
+            self._modules = tuple(self._model.modules())
+            self._steps.clear()
+            self.refused = _why_not(self._model, ours=self)
 
     def _record(
         self,
@@ -219,8 +242,23 @@ def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _why_not(model: Any) -> str:
-    if "forward" in model.__dict__:
+def _watched(module: Any) -> bool:
+    """Whether somebody's hook is called with what `module` computes. Those that transformers leaves
+    behind act only in passes that are asked for hidden states or attentions."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != CAPTURING for hook in hooks)
+
+
+def _state_of(model: Any) -> tuple[int, ...]:
+    """Which modules the model is made of, and where its weights lie."""
+    modules = (id(module) for module in model.modules())
+    return (*modules, *(weight.data_ptr() for weight in model.parameters()))
+
+
+def _why_not(model: Any, *, ours: Any = None) -> str:
+    if model.__dict__.get("forward") is not ours:
         return "something stands in for the model's forward already"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
@@ -231,9 +269,8 @@ def _why_not(model: Any) -> str:
     if len({weight.device for weight in model.parameters()}) != 1:
         return "its weights are on several devices"
     for name, module in model.named_modules():
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        if name and (hooked or hasattr(module, "_hf_hook")):
-            return f"{name} has forward hooks"
+        if name and hasattr(module, "_hf_hook"):
+            return f"{name} has a hook of accelerate's"
     return ""
 
 

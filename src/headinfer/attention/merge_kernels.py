@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headinfer.attention.triton_math import precise_exp
 from headinfer.attention.types import Partial
 
 ELEMENTS = 4096
@@ -134,7 +135,7 @@ def _share(part, rest):
     # exp(part) / (exp(part) + exp(rest)); of two rows that saw nothing none has a share.
     larger = tl.maximum(part, rest)
     larger = tl.where(larger == -float("inf"), 0.0, larger)
-    up, down = tl.exp(part - larger), tl.exp(rest - larger)
+    up, down = precise_exp(part - larger), precise_exp(rest - larger)
     whole = up + down
     return up / tl.where(whole == 0.0, 1.0, whole)
 
@@ -231,7 +232,9 @@ def _merge_stacked(
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(0, parts, PARTS):
         here = first + n
-        weight = tl.exp(tl.load(x_lse + here * xl_n, mask=here < parts, other=-float("inf")) - safe)
+        weight = precise_exp(
+            tl.load(x_lse + here * xl_n, mask=here < parts, other=-float("inf")) - safe
+        )
         inside = (here < parts)[:, None] & (d < WIDTH)[None, :]
         part = tl.load(x + (here * x_n)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0)
         acc += tl.sum(part.to(tl.float32) * weight[:, None], 0)

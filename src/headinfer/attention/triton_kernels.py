@@ -9,6 +9,8 @@ triton. Tile sizes, splits and the choice of variants are made there.
 import triton
 import triton.language as tl
 
+from headinfer.attention.triton_math import precise_exp, tanh
+
 CHUNK = tl.constexpr(16)
 """Dims of a float32 product kept in registers at a time."""
 
@@ -17,23 +19,6 @@ _LENGTHS = ["kv_heads", "q_per_kv", "rows", "keys", "split_keys", "window_offset
 _STRIDES = [f"{name}_{axis}" for name, axes in (
     ("q", "bht"), ("k", "bhs"), ("v", "bhs"), ("bias", "bht")
 ) for axis in axes]  # fmt: skip
-
-
-@triton.jit
-def _tanh(x, PRECISE: tl.constexpr):
-    # exp(-2|x|) cannot overflow. The difference cancels for small x: an error of one rounding of 1,
-    # too much for float32, which below 1/2 takes an odd polynomial fitted to tanh there (3e-9).
-    size = tl.abs(x)
-    t = tl.exp(-2.0 * size)
-    found = (1.0 - t) / (1.0 + t)
-    found = tl.where(x < 0, -found, found)
-    if PRECISE:
-        z = x * x
-        tail = 0.0214657848 + z * -0.00694477229
-        tail = -0.0539314249 + z * tail
-        tail = -0.3333333227 + z * (0.1333320392 + z * tail)
-        found = tl.where(size < 0.5, x + x * z * tail, found)
-    return found
 
 
 @triton.jit
@@ -102,7 +87,7 @@ def _span(
                 score = tl.div_rn(score, tl.zeros_like(score) + softcap)
             else:
                 score *= scale / softcap
-            score = softcap * UNIT * _tanh(score, PRECISE)
+            score = softcap * UNIT * tanh(score, PRECISE)
         else:
             score *= scale * UNIT
         if MASKED:
@@ -122,7 +107,9 @@ def _span(
         new_top = tl.maximum(top, tl.max(score, 1))
         # A row that has seen nothing yet: its exponents would be -inf + inf.
         safe = tl.where(new_top == -float("inf"), 0.0, new_top) if MASKED else new_top
-        if NATURAL:
+        if PRECISE:
+            weight, keep = precise_exp(score - safe[:, None]), precise_exp(top - safe)
+        elif NATURAL:
             weight, keep = tl.exp(score - safe[:, None]), tl.exp(top - safe)
         else:
             weight, keep = tl.exp2(score - safe[:, None]), tl.exp2(top - safe)

@@ -10,6 +10,7 @@ head streams.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch import Tensor
 from headinfer.attention.native_job import NativeJob
 from headinfer.attention.types import Partial
 from headinfer.errors import HeadInferError
+
+_log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
@@ -51,6 +54,7 @@ class HostJob:
     job: NativeJob
     nbytes: int
     begun: torch.cuda.Event
+    ended: torch.cuda.Event
     done: torch.cuda.Event
     _asked: torch.cuda.Event | None = None
 
@@ -66,8 +70,9 @@ class HostJob:
         """What it took; None while it is under way, or nothing has come to ask for it."""
         if self._asked is None or not self._asked.query() or not self.done.query():
             return None
-        # From an event before both: a time between two events is no less than zero.
-        slack_ms = self.begun.elapsed_time(self.done) - self.begun.elapsed_time(self._asked)
+        # From an event before both: a time between two events is no less than zero. The way up is
+        # left out: it may wait behind tiles, which says nothing of who is faster.
+        slack_ms = self.begun.elapsed_time(self.ended) - self.begun.elapsed_time(self._asked)
         return Finished(*self.job.times(), slack_ms / 1e3, self.nbytes)
 
 
@@ -81,6 +86,7 @@ class HostStream:
         # Page-locked, and one of each: a job's queries come down when the job before has left.
         self._down = torch.empty(0, dtype=torch.uint8)
         self._up = torch.empty(0, dtype=torch.float32)
+        self._up_seen: Tensor | None = None  # the same memory as kernels see it
 
     def submit(
         self,
@@ -106,16 +112,22 @@ class HostStream:
         up = self._up[: lse_size * (value_dim + 1)]
         landed = torch.empty_like(up, device=self._device)
         job = job_for(down, _partial(up, q.shape, value_dim))
-        begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        done = torch.cuda.Event()
         begun.record(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for event in (begun, *after):
                 self._stream.wait_event(event)
             down.copy_(q, non_blocking=True)
             _launch(self._stream, job)
-            landed.copy_(up, non_blocking=True)
+            ended.record(self._stream)
+            if self._up_seen is None:
+                landed.copy_(up, non_blocking=True)
+            else:
+                # By a kernel: the copy engine would bring it after megabytes of tiles.
+                torch.mul(self._up_seen[: up.numel()], 1.0, out=landed)
             done.record(self._stream)
-        issued = HostJob(_partial(landed, q.shape, value_dim), job, nbytes, begun, done)
+        issued = HostJob(_partial(landed, q.shape, value_dim), job, nbytes, begun, ended, done)
         self._issued.append(issued)
         return issued
 
@@ -153,12 +165,38 @@ class HostStream:
                 self._down = torch.empty(down_bytes, dtype=torch.uint8, pin_memory=True)
             if up_floats > self._up.numel():
                 self._up = torch.empty(up_floats, dtype=torch.float32, pin_memory=True)
+                self._up_seen = _seen_by_kernels(self._up, self._device)
 
 
 def why_no_host_functions() -> str | None:
     """Why the driver cannot call the CPU from a stream; None if it can."""
     found = _driver()
     return found if isinstance(found, str) else None
+
+
+class _OnDevice:
+    """Page-locked memory under the address that kernels read it at, which is its own: the CUDA
+    array interface, by which torch takes memory of others."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": tuple(memory.shape),
+            "typestr": "<f4",
+            "data": (memory.data_ptr(), False),
+            "strides": None,
+            "version": 2,
+        }
+
+
+def _seen_by_kernels(memory: Tensor, device: torch.device) -> Tensor | None:
+    """`memory`, float32 and page-locked, as a tensor of `device`; None where torch refuses."""
+    try:
+        found = torch.as_tensor(_OnDevice(memory), device=device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        _log.info("results of the CPU go up by copies, not by a kernel: %s", error)
+        return None
+    return found if found.data_ptr() == memory.data_ptr() else None
 
 
 def _partial(memory: Tensor, shape: torch.Size, value_dim: int) -> Partial:

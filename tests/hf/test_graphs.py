@@ -8,6 +8,8 @@ recorded, as a graph does.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -168,6 +170,18 @@ def test_what_is_not_a_plain_decode_step_is_not_replayed(llama: Any, ids: Any) -
         with torch.no_grad():
             llama(input_ids=tokens[:, :1], past_key_values=cache)
         assert len(run.graphs._steps) == 1
+
+
+def test_a_recording_keeps_no_cache(llama: Any, ids: Any, options: dict[str, Any]) -> None:
+    """Its keys and values would stay until the session ends, beside those of the next generation."""
+    with headinfer.attach(llama, **options) as run:
+        run.replay_with(TapeRecorder)
+        llama.generate(ids(60), max_new_tokens=8, do_sample=False)
+        assert run.graphs.replayed
+        gone = weakref.ref(run.cache)
+        run.cache = None
+        gc.collect()
+        assert gone() is None
 
 
 def test_hooks_are_called_for_every_step(llama: Any, ids: Any, options: dict[str, Any]) -> None:

@@ -38,12 +38,14 @@ AGREE = 8
 
 @dataclass(slots=True)
 class _Recorded:
-    """A recorded step and the tensors that feed it."""
+    """A recorded step, the tensors that feed it and those that it leaves; `None` stands for the
+    cache, which is not kept: it would outlive the generation that it belongs to."""
 
     inputs: dict[str, Tensor]
     pieces: list[Piece]
     calls: list[Call]
-    output: Any
+    kind: type
+    output: dict[str, Tensor | None]
     checked: bool = False
 
 
@@ -169,9 +171,10 @@ class StepGraphs:
             step.begin()
             output = self._forward(**{**kwargs, **inputs, "attention_mask": None})
             step.finish()
-        _check_output(output)
-        self._steps[key] = _Recorded(inputs, step.pieces, step.calls, output)
-        return _fresh(output, kwargs["past_key_values"])
+        cache = kwargs["past_key_values"]
+        recorded = _Recorded(inputs, step.pieces, step.calls, type(output), _tensors(output))
+        self._steps[key] = recorded
+        return _fresh(recorded, cache)
 
     def _check(
         self,
@@ -201,8 +204,9 @@ class StepGraphs:
             mine.out.copy_(theirs.out)
         recorded.pieces[-1].replay()
         for name, value in output.items():
-            if isinstance(value, Tensor):
-                _compare(name, recorded.output[name], value)
+            again = recorded.output.get(name)
+            if isinstance(value, Tensor) and again is not None:
+                _compare(name, again, value)
         recorded.checked = True
         return output
 
@@ -221,7 +225,7 @@ class StepGraphs:
             call.out.copy_(layer.attend(layer.length, replace(call.query, recipe=recipe)))
         recorded.pieces[-1].replay()
         self.replayed += 1
-        return _fresh(recorded.output, cache)
+        return _fresh(recorded, cache)
 
     def _give_up(self, why: str) -> None:
         self.refused = why
@@ -296,19 +300,19 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
         raise StepRefused(f"{what} differ by {error:.1e} when the step is replayed")
 
 
-def _check_output(output: Any) -> None:
+def _tensors(output: Any) -> dict[str, Tensor | None]:
     for name, value in output.items():
         if not isinstance(value, (Tensor, Cache)):
             raise StepRefused(f"the model returns {name}, a {type(value).__name__}")
+    return {name: value if isinstance(value, Tensor) else None for name, value in output.items()}
 
 
-def _fresh(output: Any, cache: HeadCache) -> Any:
+def _fresh(recorded: _Recorded, cache: HeadCache) -> Any:
     """An output like the recorded one that later steps leave alone."""
     fields = {
-        name: value.clone() if isinstance(value, Tensor) else cache
-        for name, value in output.items()
+        name: cache if value is None else value.clone() for name, value in recorded.output.items()
     }
-    return type(output)(**fields)
+    return recorded.kind(**fields)
 
 
 def _side_stream(device: torch.device) -> Any:

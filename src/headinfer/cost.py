@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
-from headinfer.plan import Plan
 from headinfer.rates import Rates
 
 

@@ -7,11 +7,16 @@ bytes take. Pure arithmetic; every term can be printed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from headinfer.budget import GIB
 from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.rates import Rates
+
+SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
+"""Of no machine: what is left is how attention relates to everything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,22 @@ def predict(plan: Plan, rates: Rates, *, prompt_tokens: int) -> Prediction:
     return Prediction(prefill, decode.seconds, longest, decode.limit)
 
 
+def chunk_cost(plan: Plan, rates: Rates | None) -> Callable[[int, int], tuple[float, float]]:
+    """Seconds of a chunk in two parts, for `headinfer.progress.PrefillClock`: what it takes at the
+    start of a prompt, and what the tokens before it add.
+
+    Without rates the parts have no unit, but the relation of one to the other that a machine has
+    whose attention runs at the rate of its matrix products.
+    """
+    found = rates or SHAPE_ONLY
+
+    def parts(past: int, new: int) -> tuple[float, float]:
+        base = chunk_time(plan, found, past=0, new=new).seconds
+        return base, max(chunk_time(plan, found, past=past, new=new).seconds - base, 0.0)
+
+    return parts
+
+
 def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     """A forward pass over `new` tokens after `past`."""
     geometry, batch = plan.geometry, plan.batch
@@ -68,13 +89,15 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         * geometry.itemsize
         / rates.weight_bytes_s,
     }
-    parts = dict(compute)
-    paths = {"compute": sum(compute.values()), "launching": _host_s(plan, rates)}
-    if rates.h2d_bytes_s is not None:
-        paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
-        parts["streaming"] = paths["streaming"]
-    parts["launching"] = paths["launching"]
-    return _slowest(paths, parts)
+    host_s = _host_s(plan, rates)
+    parts = {**compute, "launching": host_s}
+    if rates.h2d_bytes_s is None:  # a CPU does one thing after another
+        return _one_by_one(parts)
+    paths = {"compute": sum(compute.values()), "launching": host_s}
+    paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
+    if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
+        paths["page-locking"] = offloaded_bytes(plan, new) / GIB * rates.pin_s_per_gib
+    return _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
 
 
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
@@ -90,8 +113,7 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     host_s = _host_s(plan, rates)
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
-        total = sum(parts.values())
-        return StepTime(total, parts, max(parts, key=lambda name: parts[name]))
+        return _one_by_one(parts)
     chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
     near_s = 0.0
@@ -160,6 +182,10 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
 
 def _host_s(plan: Plan, rates: Rates) -> float:
     return len(plan.geometry.layers) * rates.layer_s + rates.token_s
+
+
+def _one_by_one(parts: dict[str, float]) -> StepTime:
+    return StepTime(sum(parts.values()), parts, max(parts, key=lambda name: parts[name]))
 
 
 def _slowest(paths: dict[str, float], parts: dict[str, float]) -> StepTime:

@@ -196,7 +196,7 @@ def _run_headwise(
     job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling
 ) -> tuple[dict[str, Any], Prediction | None, dict[str, int], Run]:
     import headinfer
-    from headinfer.hf.forecast import predicted_for
+    from headinfer.hf.forecast import cost_for, predicted_for
     from headinfer.hf.generate import generate_text
     from headinfer.hf.peak import PeakMemory
 
@@ -217,6 +217,8 @@ def _run_headwise(
         predicted = None
         if session.plan is not None:
             print_note(str(session.plan))
+            cost, measured = cost_for(session.plan, model)
+            bar.expect(cost, measured=measured, chunk_tokens=session.plan.chunk_tokens)
             predicted = predicted_for(session.plan, model, prompt_tokens=prompt.tokens)
         with bar, AnswerStream(bar, silent=job.as_json) as stream:
             answer = generate_text(

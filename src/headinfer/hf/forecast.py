@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Unpack
 
 from headinfer.budget import parse_bytes
-from headinfer.cost import Prediction, predict
+from headinfer.cost import Prediction, chunk_cost, predict
 from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Geometry
 from headinfer.hf.attach import plan_for
@@ -25,6 +25,7 @@ from headinfer.hf.remembered import known_rates
 from headinfer.machines import machine_named
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan
+from headinfer.progress import ChunkCost
 from headinfer.rates import Rates
 
 SHORTEST = 8192
@@ -158,6 +159,12 @@ def predicted_for(plan: Plan, model: PreTrainedModel, *, prompt_tokens: int) -> 
     """Times of a run of `model` about to start; None if its machine was not measured."""
     rates = known_rates(model.device, model.dtype)
     return None if rates is None else predict(plan, rates, prompt_tokens=prompt_tokens)
+
+
+def cost_for(plan: Plan, model: PreTrainedModel) -> tuple[ChunkCost, bool]:
+    """What the progress bar of a run of `model` expects of a chunk, and whether it is in seconds."""
+    rates = known_rates(model.device, model.dtype)
+    return chunk_cost(plan, rates), rates is not None
 
 
 def _known(device: str, dtype: torch.dtype) -> Rates | None:

@@ -25,6 +25,7 @@ PURE_HALF = (
     "cost",
     "rates",
     "machines",
+    "surroundings",
     "layout",
     "store",
     "schedule",

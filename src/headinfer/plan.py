@@ -46,9 +46,8 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
         BudgetTooSmall: with the smallest budget that works.
         InputError: options that contradict each other or the device.
     """
-    if device == "cpu":
-        return _cpu_plan(geometry, options, batch)
-    return _gpu_plan(geometry, options, batch)
+    plan = (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
+    return replace(plan, reasons=(*plan.reasons, *options.budget_reasons))
 
 
 def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:

@@ -20,13 +20,13 @@ from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Geometry
 from headinfer.hf.attach import plan_for
 from headinfer.hf.backing import CacheOptions, options_from
-from headinfer.hf.geometry import HOST_SHARE
 from headinfer.hf.remembered import known_rates
 from headinfer.machines import machine_named
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan
 from headinfer.progress import ChunkCost
 from headinfer.rates import Rates
+from headinfer.surroundings import SHARE
 
 SHORTEST = 8192
 
@@ -136,7 +136,7 @@ def forecast(
         if options.get("gpu_memory") is None:
             options["gpu_memory"] = machine.gpu_bytes
     if ram is not None and options.get("host_memory") is None:
-        options["host_memory"] = int(parse_bytes(ram, name="ram") * HOST_SHARE)
+        options["host_memory"] = int(parse_bytes(ram, name="ram") * SHARE)
     plan = plan_for(
         config,
         prompt_tokens=tokens[-1],

@@ -18,15 +18,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from headinfer.attention.api import AUTO, why_not
 from headinfer.attention.types import AttentionSpec
-from headinfer.budget import MemoryBudget
+from headinfer.budget import MemoryBudget, format_bytes
 from headinfer.errors import UnsupportedModel
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.hf.remembered import known_rates
 from headinfer.options import Options
+from headinfer.surroundings import HostMemory, host_memory
 
-HOST_SHARE = 0.9
-"""Of the host memory available now, what a run takes unless told otherwise."""
 GPU_SHARE = 0.95
+"""Of the GPU memory that is free now, what a run takes unless told otherwise."""
 
 
 def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
@@ -75,21 +75,36 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     """`options` with both budgets filled in from what is free now, near-data attention left to the
     plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates."""
     budget = options.budget
-    host = budget.host_bytes
+    host, notes = budget.host_bytes, list(options.budget_reasons)
     if host is None:
-        host = int(psutil.virtual_memory().available * HOST_SHARE)
+        found, locks = _host_memory(), device.type == "cuda"
+        host = found.default_budget(page_locked=locks)
+        notes.append(found.reason(page_locked=locks))
     gpu = budget.gpu_bytes
     if gpu is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         mine = torch.cuda.memory_reserved(device)
         gpu = int((free + mine) * GPU_SHARE)
+        notes.append(
+            f"GPU memory: at most {format_bytes(gpu)}, {GPU_SHARE:.0%} of what is free now or held "
+            "by this process"
+        )
     near = options.near_data
     if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
         near = 0.0
     budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
     # What decides the chunk was measured in the type that models on a GPU have.
     rates = known_rates(device, torch.bfloat16) if device.type == "cuda" else None
-    return replace(options, budget=budget, near_data=near, rates=rates)
+    return replace(options, budget=budget, near_data=near, rates=rates, budget_reasons=tuple(notes))
+
+
+def _host_memory() -> HostMemory:
+    """What this process may take, asked of the system or, off Linux, of psutil."""
+    found = host_memory()
+    if found is None:
+        memory = psutil.virtual_memory()
+        found = HostMemory(memory.total, memory.available)
+    return found
 
 
 def _no_host_kernel() -> bool:

@@ -26,6 +26,8 @@ PURE_HALF = (
     "rates",
     "machines",
     "surroundings",
+    "quantised",
+    "reach",
     "layout",
     "store",
     "schedule",

@@ -21,7 +21,7 @@ def hiding_tokens(geometry: Geometry, options: Options) -> int | None:
     found = 0.0
     for layer in geometry.full_layers:
         per_kv = max(layer.num_query_heads // max(layer.num_kv_heads, 1), 1)
-        flops = rates.attention_flops_of(max(layer.key_dim, layer.value_dim))
+        flops = rates.attention_flops_of(max(layer.attended_dims))
         found = max(found, flops * geometry.itemsize / (2 * per_kv * rates.h2d_bytes_s))
     return int(found) + 1
 
@@ -35,8 +35,8 @@ def hiding_reason(chunk: int, hiding: int | None) -> str:
     if hiding is None:
         return ""
     if chunk >= hiding:
-        return f"; from {hiding:,} tokens on transfers hide behind attention (measured rates)"
+        return f"; from {hiding:,} tokens on transfers hide behind attention"
     return (
         f"; transfers take longer than its attention, which would hide them from {hiding:,} tokens "
-        "on (measured rates): more gpu_memory makes room for longer chunks"
+        "on: more gpu_memory makes room for longer chunks"
     )

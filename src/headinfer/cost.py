@@ -78,9 +78,14 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     geometry, batch = plan.geometry, plan.batch
     compute = {
         "projections and MLP": 2.0 * batch * new * block_params(geometry) / rates.block_flops,
+        "expanding latents": batch
+        * (past + new)
+        * sum(layer.expansion_flops for layer in geometry.layers)
+        / rates.block_flops,
+        "bringing weights": moved_weights_s(geometry, rates),
         "attention": sum(
             attention_flops(layer, past=past, new=new, batch=batch)
-            / rates.attention_flops_of(max(layer.key_dim, layer.value_dim))
+            / rates.attention_flops_of(max(layer.attended_dims))
             for layer in geometry.layers
         ),
         "output projection": batch
@@ -103,11 +108,15 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     """A forward pass over one token after `length`."""
     geometry, batch = plan.geometry, plan.batch
-    params = block_params(geometry) + geometry.hidden_size * geometry.vocab_size
     everything = geometry.kv_bytes(length, batch=batch)
     offloaded = offloaded_bytes(plan, length) if plan.staging else 0
     device = {
-        "weights": params * geometry.itemsize / rates.weight_bytes_s,
+        "weights": token_bytes(geometry) / rates.weight_bytes_s,
+        "bringing weights": moved_weights_s(geometry, rates),
+        "expanding latents": batch
+        * length
+        * sum(layer.expansion_flops for layer in geometry.layers)
+        / rates.block_flops,
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
     }
     host_s = _host_s(plan, rates)
@@ -144,6 +153,8 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
 
 def block_params(geometry: Geometry) -> int:
     """Weights that multiply every token: projections and the (active) MLP of all layers."""
+    if geometry.weights.token_params:
+        return geometry.weights.token_params
     hidden, total = geometry.hidden_size, 0
     for layer in geometry.layers:
         attention = 0
@@ -155,9 +166,23 @@ def block_params(geometry: Geometry) -> int:
         elif layer.kind is LayerKind.STATE:
             attention = 4 * hidden * hidden
         total += attention + 3 * hidden * geometry.intermediate_size
-    if geometry.weight_bytes:
+    if geometry.weight_bytes and not geometry.weights.token_bytes:
         return min(total, geometry.weight_bytes // geometry.itemsize)
     return total
+
+
+def token_bytes(geometry: Geometry) -> int:
+    """Bytes of weights that one token reads, the output projection included."""
+    params = block_params(geometry) + geometry.hidden_size * geometry.vocab_size
+    return geometry.weights.token_bytes or params * geometry.itemsize
+
+
+def moved_weights_s(geometry: Geometry, rates: Rates) -> float:
+    """Seconds per forward pass to bring weights that accelerate keeps in host memory, which is not
+    page-locked. Those on disk are not counted: how fast it is was not measured."""
+    if rates.h2d_bytes_s is None:
+        return 0.0
+    return geometry.weights.host_bytes / min(rates.pageable_bytes_s, rates.h2d_bytes_s)
 
 
 def attention_flops(layer: LayerGeometry, *, past: int, new: int, batch: int = 1) -> float:
@@ -167,7 +192,7 @@ def attention_flops(layer: LayerGeometry, *, past: int, new: int, batch: int = 1
     seen = past + (new + 1) / 2  # keys a row sees, on average
     if layer.kind is LayerKind.SLIDING:
         seen = min(seen, float(layer.window))
-    return 2.0 * batch * layer.num_query_heads * (layer.key_dim + layer.value_dim) * new * seen
+    return 2.0 * batch * layer.num_query_heads * sum(layer.attended_dims) * new * seen
 
 
 def offloaded_bytes(plan: Plan, tokens: int) -> int:

@@ -32,7 +32,7 @@ def activation_bytes(geometry: Geometry, chunk_tokens: int, batch: int = 1) -> i
     whose MLP is wider than three times their hidden size.
     """
     heads = max((layer.num_query_heads for layer in geometry.layers), default=0)
-    dim = max((max(layer.key_dim, layer.value_dim) for layer in geometry.layers), default=0)
+    dim = max((max(layer.attended_dims) for layer in geometry.layers), default=0)
     mlp = 3 * geometry.intermediate_size + 4 * geometry.hidden_size
     attention = 4 * geometry.hidden_size + 4 * heads * dim
     logits = batch * geometry.vocab_size * (geometry.itemsize + 4)

@@ -131,6 +131,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
     windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
     parts = {
         "weights": geometry.weight_bytes,
+        "weights on their way": geometry.weights.largest_moved_bytes,
         "activations": activation_bytes(geometry, chunk, batch),
         "staging": num_slots * slot_bytes + 2 * write_bytes,
         "tails": batch * tails,
@@ -247,9 +248,19 @@ def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:
 
 def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
-    tokens, geometry = plan.expected_tokens, plan.geometry
+    tokens = plan.expected_tokens
     if tokens is None:
         return plan
+    size = _host_bytes(plan, tokens)
+    budget = plan.budget.host_bytes
+    if budget is not None and size > budget:
+        raise _host_too_small(plan, tokens, size, budget)
+    return replace(plan, host_bytes=size)
+
+
+def _host_bytes(plan: Plan, tokens: int) -> int:
+    """Host memory of the heads that are not resident, over `tokens` tokens."""
+    geometry = plan.geometry
     spec: FormatSpec = FORMATS[plan.kv_format]
     size = 0
     for index, layer in enumerate(geometry.layers):
@@ -258,18 +269,23 @@ def _with_host(plan: Plan) -> Plan:
         per_head = plan.batch * layer.head_bytes(stored, geometry.itemsize)
         if heads and per_head:
             size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
-    budget = plan.budget.host_bytes
-    if budget is not None and size > budget:
-        raise BudgetTooSmall(
-            f"{geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
-            f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
-            f"Raise host_memory to {size} bytes ({format_bytes(size)}), or shorten the context to "
-            f"{int(tokens * budget / size):,} tokens",
-            tier="host",
-            budget_bytes=budget,
-            needed_bytes=size,
-        )
-    return replace(plan, host_bytes=size)
+    return size
+
+
+def _host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetTooSmall:
+    shorter = int(tokens * budget / size)
+    # Rounding to blocks and alignment may be in the way of the last few tokens.
+    while shorter > 0 and _host_bytes(plan, shorter) > budget:
+        shorter -= max(shorter // 100, 1)
+    remedy = f", or shorten the context to {shorter:,} tokens" if shorter else ""
+    return BudgetTooSmall(
+        f"{plan.geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
+        f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
+        f"Raise host_memory to {size} bytes ({format_bytes(size)}){remedy}",
+        tier="host",
+        budget_bytes=budget,
+        needed_bytes=size,
+    )
 
 
 def _gpu_too_small(
@@ -284,6 +300,12 @@ def _gpu_too_small(
         while _streaming_plan(geometry, options, batch, chunk).gpu_bytes > budget:
             chunk = max(chunk * 3 // 4, LEAST_CHUNK_TOKENS)
         remedy = f"Lower chunk_tokens to {chunk:,} or less, or raise gpu_memory to {needed} bytes"
+    elif 0 < geometry.weight_bytes - (least.gpu_bytes - budget) < geometry.weight_bytes:
+        room = geometry.weight_bytes - (least.gpu_bytes - budget)
+        remedy += (
+            f", or load weights that take at most {room} bytes on the GPU ({format_bytes(room)}): "
+            "quantised, or some of them in host memory (device_map='auto')"
+        )
     return BudgetTooSmall(
         f"{geometry.name} does not fit: {parts} = {format_bytes(plan.gpu_bytes)} with "
         f"chunk_tokens={plan.chunk_tokens:,}; the GPU budget is {format_bytes(budget)}. {remedy}.",

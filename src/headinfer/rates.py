@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 VERSION = 1
+PAGEABLE_BYTES_S = 6e9
+"""Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
+gave this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Rates:
             CPU, where that is `resident_bytes_s`.
         host_read_bytes_s: host memory read by all threads.
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
+        pageable_bytes_s: host to device from memory that is not page-locked.
         seconds: how long measuring took.
     """
 
@@ -50,6 +54,7 @@ class Rates:
     near_bytes_s: float | None = None
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
+    pageable_bytes_s: float = PAGEABLE_BYTES_S
     seconds: float = 0.0
     version: int = field(default=VERSION)
 

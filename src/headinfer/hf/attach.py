@@ -28,8 +28,8 @@ from transformers import (
 from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
-from headinfer.errors import CacheStateError, InputError
-from headinfer.geometry import Geometry
+from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
+from headinfer.geometry import Geometry, Weights
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
@@ -39,6 +39,7 @@ from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
 from headinfer.hf.step import CudaRecorder, Recorder
+from headinfer.hf.weights import weights_there
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
@@ -89,6 +90,7 @@ def plan_for(
     batch: int = 1,
     device: str | None = None,
     weight_bytes: int = 0,
+    weights: Weights | None = None,
     **options: Unpack[CacheOptions],
 ) -> Plan:
     """The plan of a run that has not started; loads no weights.
@@ -100,6 +102,7 @@ def plan_for(
         batch: sequences.
         device: "cuda" or "cpu"; default: "cuda" when gpu_memory is given or a GPU is there.
         weight_bytes: bytes of the weights on the device; 0 counts the cache alone.
+        weights: more about them.
         options: see `CacheOptions`.
 
     Raises:
@@ -107,15 +110,45 @@ def plan_for(
         InputError: an unusable option.
     """
     rest: CacheOptions = {**options, "expected_tokens": prompt_tokens + new_tokens}
-    record = options_from(rest)
+    device, record = resolved_for(options_from(rest), device, weight_bytes=weight_bytes)
+    geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
+    return make_plan(geometry, record, device=device, batch=batch)
+
+
+def resolved_for(record: Options, device: str | None, *, weight_bytes: int) -> tuple[str, Options]:
+    """Where a run that has not started will compute, and its options with budgets filled in.
+
+    Raises:
+        BudgetTooSmall: host memory has no room for the weights of a model that computes there.
+    """
     if device is None:
         wanted = record.budget.gpu_bytes is not None or torch.cuda.is_available()
         device = "cuda" if wanted else "cpu"
+    told = record.budget.host_bytes
     if device == "cpu" or torch.cuda.is_available() or record.budget.gpu_bytes is None:
         there = device if device == "cpu" or torch.cuda.is_available() else "cpu"
         record = resolve_budget(record, torch.device(there))
-    geometry = geometry_of(config, weight_bytes=weight_bytes)
-    return make_plan(geometry, record, device=device, batch=batch)
+    free = record.budget.host_bytes
+    if device == "cpu" and told is None and free is not None:
+        record = _beside_weights(record, free, weight_bytes)
+    return device, record
+
+
+def _beside_weights(record: Options, free: int, weight_bytes: int) -> Options:
+    """On a CPU the weights, not loaded yet, will take of the same memory."""
+    if weight_bytes >= free:
+        raise BudgetTooSmall(
+            f"the weights do not fit: they take {format_bytes(weight_bytes)} of host memory, and "
+            f"{format_bytes(free)} can be used now. Free memory that other processes hold, use "
+            "--dtype bfloat16 or a smaller model, or plan for another machine with --ram "
+            f"{2 * weight_bytes}",
+            tier="host",
+            budget_bytes=free,
+            needed_bytes=weight_bytes,
+        )
+    note = f"of these, the weights will take {format_bytes(weight_bytes)}"
+    budget = replace(record.budget, host_bytes=free - weight_bytes)
+    return replace(record, budget=budget, budget_reasons=(*record.budget_reasons, note))
 
 
 class Session:
@@ -290,7 +323,8 @@ class Session:
     def _geometry_now(self) -> Geometry:
         device = self.model.device
         weights = weight_bytes_of(self.model, device)
-        geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights)
+        more = weights_there(self.model)
+        geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights, weights=more)
         return replace(geometry, itemsize=self.model.dtype.itemsize)
 
     def _make_plan(self) -> Plan:

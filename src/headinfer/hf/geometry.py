@@ -20,8 +20,9 @@ from headinfer.attention.api import AUTO, why_not
 from headinfer.attention.types import AttentionSpec
 from headinfer.budget import MemoryBudget, format_bytes
 from headinfer.errors import UnsupportedModel
-from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind, Weights
 from headinfer.hf.remembered import known_rates
+from headinfer.hf.weights import active_share
 from headinfer.options import Options
 from headinfer.surroundings import HostMemory, host_memory
 
@@ -29,7 +30,9 @@ GPU_SHARE = 0.95
 """Of the GPU memory that is free now, what a run takes unless told otherwise."""
 
 
-def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
+def geometry_of(
+    config: PreTrainedConfig, *, weight_bytes: int = 0, weights: Weights | None = None
+) -> Geometry:
     """The geometry of a model with this config.
 
     Raises:
@@ -50,6 +53,7 @@ def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
         weight_bytes=weight_bytes,
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         name=str(getattr(config, "model_type", "model")),
+        weights=weights or Weights(),
     )
 
 
@@ -127,7 +131,17 @@ def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
     if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
         window = int(getattr(layer, "sliding_window", 0) or 0)
         return LayerGeometry(LayerKind.SLIDING, heads, key_dim, value_dim, query_heads, window)
-    return LayerGeometry(LayerKind.FULL, heads, key_dim, value_dim, query_heads)
+    attended = _expanded_dims(text) if getattr(text, "kv_lora_rank", None) is not None else (0, 0)
+    return LayerGeometry(
+        LayerKind.FULL, heads, key_dim, value_dim, query_heads, 0, attended[0], attended[1]
+    )
+
+
+def _expanded_dims(text: PreTrainedConfig) -> tuple[int, int]:
+    """Elements of a key and of a value once latents are expanded."""
+    rotary = int(getattr(text, "qk_rope_head_dim", 0) or 0)
+    plain = int(getattr(text, "qk_nope_head_dim", 0) or 0)
+    return rotary + plain, int(getattr(text, "v_head_dim", 0) or 0) or plain
 
 
 def _heads(text: PreTrainedConfig) -> tuple[int, int, int, int]:
@@ -161,8 +175,11 @@ def _intermediate_size(text: PreTrainedConfig) -> int:
             break
     expert = getattr(text, "moe_intermediate_size", None)
     active = getattr(text, "num_experts_per_tok", None)
-    if isinstance(expert, int) and isinstance(active, int):
-        return max(dense, expert * active)
+    if isinstance(active, int) and active > 0:
+        if isinstance(expert, int):
+            return max(dense, expert * active)
+        if active_share(text) < 1:  # experts as wide as the config's only size
+            return dense * active
     return dense or 4 * _hidden_size(text)
 
 

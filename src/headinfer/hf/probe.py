@@ -23,7 +23,7 @@ from headinfer.budget import GIB, MIB
 from headinfer.hf.attach import attach
 from headinfer.hf.quiet import quiet_transformers
 from headinfer.hf.remembered import known_rates, machine_name, remember
-from headinfer.rates import Rates
+from headinfer.rates import PAGEABLE_BYTES_S, Rates
 from headinfer.tiers import HostTier
 
 DIMS = (64, 128)
@@ -78,6 +78,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         near_bytes_s=near,
         host_read_bytes_s=_host_read(),
         pin_s_per_gib=pin,
+        pageable_bytes_s=_pageable(clock, device) if gpu else PAGEABLE_BYTES_S,
         seconds=time.perf_counter() - started,
     )
 
@@ -208,6 +209,13 @@ def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:
     down = clock.seconds(lambda: there.copy_(here, non_blocking=True))
     up = clock.seconds(lambda: here.copy_(there, non_blocking=True))
     return here.numel() / down, here.numel() / up
+
+
+def _pageable(clock: _Clock, device: torch.device) -> float:
+    """Bytes/s to the device from memory as accelerate keeps offloaded weights in."""
+    here = torch.ones(64 * MIB, dtype=torch.uint8)
+    there = torch.empty_like(here, device=device)
+    return here.numel() / clock.seconds(lambda: there.copy_(here), times=3)
 
 
 def _pinning() -> float | None:

@@ -7,8 +7,8 @@ bytes take. Pure arithmetic; every term can be printed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from headinfer.budget import GIB
 from headinfer.decision import Plan
@@ -17,6 +17,14 @@ from headinfer.rates import Rates
 
 SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
 """Of no machine: what is left is how attention relates to everything else."""
+
+SAMPLES = 33
+"""Chunks that stand for all of a long prompt."""
+NOT_HIDDEN = 0.1
+"""Of what goes on beside the slowest path of a chunk, what it delays that one by: they share the
+memory's bandwidth, and neither starts or ends with the other. An assumption."""
+ANSWER_TOKENS = 64
+"""Of a request whose prompt is all that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +56,35 @@ def predict(plan: Plan, rates: Rates, *, prompt_tokens: int) -> Prediction:
     """Prefill of `prompt_tokens` and the decode step after it, with what `plan` decided."""
     prefill = 0.0
     limits: dict[str, float] = {}
-    for past in range(0, prompt_tokens, plan.chunk_tokens):
-        step = chunk_time(plan, rates, past=past, new=min(plan.chunk_tokens, prompt_tokens - past))
-        prefill += step.seconds
-        limits[step.limit] = limits.get(step.limit, 0.0) + step.seconds
+    for weight, past, new in _chunks(prompt_tokens, plan.chunk_tokens):
+        step = chunk_time(plan, rates, past=past, new=new)
+        prefill += weight * step.seconds
+        limits[step.limit] = limits.get(step.limit, 0.0) + weight * step.seconds
     decode = decode_time(plan, rates, length=prompt_tokens)
     longest = max(limits, key=lambda name: limits[name]) if limits else ""
     return Prediction(prefill, decode.seconds, longest, decode.limit)
+
+
+def request_s(plan: Plan, rates: Rates, *, prompt_tokens: int) -> float:
+    """Seconds of a whole request: the prompt, and an answer of `ANSWER_TOKENS`."""
+    found = predict(plan, rates, prompt_tokens=prompt_tokens)
+    return found.prefill_s + ANSWER_TOKENS * found.decode_s
+
+
+def _chunks(tokens: int, chunk: int) -> Iterator[tuple[float, int, int]]:
+    """(weight, tokens before, tokens in it) of the chunks of a prompt. Of many whole ones a few
+    stand for all by the trapezoid rule, which is exact where time is linear in the tokens before."""
+    whole, rest = divmod(tokens, chunk)
+    if whole <= SAMPLES:
+        yield from ((1.0, index * chunk, chunk) for index in range(whole))
+    else:
+        span = (whole - 1) / (SAMPLES - 1)
+        for sample in range(SAMPLES):
+            end = sample in (0, SAMPLES - 1)
+            weight = span / 2 + 0.5 if end else span
+            yield weight, round(sample * span * chunk), chunk
+    if rest:
+        yield 1.0, whole * chunk, rest
 
 
 def chunk_cost(plan: Plan, rates: Rates | None) -> Callable[[int, int], tuple[float, float]]:
@@ -77,7 +107,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     """A forward pass over `new` tokens after `past`."""
     geometry, batch = plan.geometry, plan.batch
     compute = {
-        "projections and MLP": 2.0 * batch * new * block_params(geometry) / rates.block_flops,
+        "projections and MLP": _block_s(geometry, rates, rows=batch * new),
         "expanding latents": batch
         * (past + new)
         * sum(layer.expansion_flops for layer in geometry.layers)
@@ -102,7 +132,9 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
     if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
         paths["page-locking"] = offloaded_bytes(plan, new) / GIB * rates.pin_s_per_gib
-    return _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
+    found = _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
+    hidden = sum(paths.values()) - found.seconds
+    return replace(found, seconds=found.seconds + NOT_HIDDEN * hidden)
 
 
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
@@ -169,6 +201,15 @@ def block_params(geometry: Geometry) -> int:
     if geometry.weight_bytes and not geometry.weights.token_bytes:
         return min(total, geometry.weight_bytes // geometry.itemsize)
     return total
+
+
+def _block_s(geometry: Geometry, rates: Rates, *, rows: int) -> float:
+    """Projections and MLP of `rows` tokens: arithmetic, and every weight is read once a chunk, which
+    is why short ones cost more. The rate was measured with that reading included."""
+    reading = geometry.itemsize / (2 * rates.block_rows * rates.weight_bytes_s)
+    flop_s = max(1 / rates.block_flops - reading, 0.5 / rates.block_flops)
+    weights = geometry.weight_bytes or block_params(geometry) * geometry.itemsize
+    return 2.0 * rows * block_params(geometry) * flop_s + weights / rates.weight_bytes_s
 
 
 def token_bytes(geometry: Geometry) -> int:

@@ -7,10 +7,12 @@ Counts bytes only. docs/placement.md says how the predicted peak compares with m
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from headinfer.budget import format_bytes
 from headinfer.chunks import hiding_reason, hiding_tokens, roomy
+from headinfer.cost import ANSWER_TOKENS, request_s
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import (
@@ -100,16 +102,53 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     chunk = options.chunk_tokens or max(GPU_CHUNK_TOKENS, roomy(hiding_tokens(geometry, options)))
     if options.expected_tokens is not None and options.chunk_tokens is None:
         chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
-    plan = _streaming_plan(geometry, options, batch, chunk)
-    insisted = residents_of(geometry, options.resident_heads or 0)
-    extra = bytes_of_residents(geometry, insisted, options.expected_tokens or 0, batch)
-    if budget is not None and options.chunk_tokens is None:
-        while chunk > LEAST_CHUNK_TOKENS and plan.gpu_bytes + extra > budget:
+    fitting: list[Plan] = []
+    refused: BudgetTooSmall | None = None
+    for length in _chunks_to_try(chunk, options, batch):
+        plan = _streaming_plan(geometry, options, batch, length)
+        try:
+            if budget is not None and plan.gpu_bytes > budget:
+                raise _gpu_too_small(geometry, options, batch, plan, budget)
+            fitting.append(_with_host(_with_residents(plan, options)))
+        except BudgetTooSmall as error:
+            # Of the GPU's the last names the least that works, and says nothing once it has room.
+            refused = error if refused is None or refused.tier == "gpu" else refused
+            continue
+        if options.rates is None or options.expected_tokens is None:
+            break
+    if refused is not None and not fitting:
+        raise refused
+    return _with_near_reason(_quickest(fitting, options))
+
+
+def _chunks_to_try(chunk: int, options: Options, batch: int) -> Iterator[int]:
+    """`chunk`, and where the user left it open and memory is limited, halves of it."""
+    yield chunk
+    if options.chunk_tokens is None and options.budget.gpu_bytes is not None:
+        while chunk > LEAST_CHUNK_TOKENS:
             chunk = max(chunk // 2, LEAST_CHUNK_TOKENS)
-            plan = _streaming_plan(geometry, options, batch, chunk)
-    if budget is not None and plan.gpu_bytes > budget:
-        raise _gpu_too_small(geometry, options, batch, plan, budget)
-    return _with_near_reason(_with_host(_with_residents(plan, options)))
+            yield chunk
+
+
+def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
+    """Of plans with ever shorter chunks, which leave room for ever more resident heads, the one
+    whose request is predicted to take least; the first where nothing predicts.
+
+    Every plan gets quicker with more memory, and more of them fit: so does the best.
+    """
+    rates, tokens = options.rates, options.expected_tokens
+    if len(fitting) == 1 or rates is None or tokens is None:
+        return fitting[0]
+    seconds = [request_s(plan, rates, prompt_tokens=tokens) for plan in fitting]
+    best = min(range(len(fitting)), key=lambda place: seconds[place])
+    if best == 0:
+        return fitting[0]
+    reason = (
+        f"a chunk of {fitting[0].chunk_tokens:,} tokens would fit, too, but leave room for fewer "
+        f"heads: {seconds[0]:.1f} s instead of {seconds[best]:.1f} s for the prompt and "
+        f"{ANSWER_TOKENS} tokens"
+    )
+    return replace(fitting[best], reasons=(*fitting[best].reasons, reason))
 
 
 def _with_near_reason(plan: Plan) -> Plan:

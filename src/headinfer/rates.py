@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 VERSION = 1
+BLOCK_ROWS = 2048
 PAGEABLE_BYTES_S = 6e9
 """Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
 gave this."""
@@ -38,6 +39,7 @@ class Rates:
         host_read_bytes_s: host memory read by all threads.
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
         pageable_bytes_s: host to device from memory that is not page-locked.
+        block_rows: tokens at once that `block_flops` was measured with.
         seconds: how long measuring took.
     """
 
@@ -55,6 +57,7 @@ class Rates:
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
     pageable_bytes_s: float = PAGEABLE_BYTES_S
+    block_rows: int = BLOCK_ROWS
     seconds: float = 0.0
     version: int = field(default=VERSION)
 

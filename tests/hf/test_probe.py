@@ -79,8 +79,15 @@ def test_a_forecast_has_a_line_per_context_and_refusals_are_lines_too(cache: Pat
     assert found.rates is not None
     assert "estimated" in found.rates.machine
     json.dumps(found.as_dict())
-    with pytest.raises(BudgetTooSmall, match="host budget is"):
-        forecast(shape(), lengths, gpu="RTX 4090", ram="64KiB", gpu_memory="450MiB")
+    short = forecast(shape(), lengths, gpu="RTX 4090", ram="64KiB", gpu_memory="450MiB")
+    assert "host budget is" in str(short.refusal)
+    assert short.outlooks[-1].plan is None
+    fitting = [outlook.plan for outlook in short.outlooks if outlook.plan is not None]
+    assert short.plan is fitting[-1]
+    assert short.longest_tokens is not None
+    assert fitting[-1].expected_tokens <= short.longest_tokens < 100_010
+    with pytest.raises(BudgetTooSmall, match="GPU budget is"):
+        forecast(shape(), lengths, gpu="RTX 4090", ram="64GiB", gpu_memory="45MiB")
     with pytest.raises(InputError, match="called 'Voodoo 2'"):
         forecast(shape(), lengths, gpu="Voodoo 2")
 

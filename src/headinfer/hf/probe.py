@@ -23,7 +23,7 @@ from headinfer.budget import GIB, MIB
 from headinfer.hf.attach import attach
 from headinfer.hf.quiet import quiet_transformers
 from headinfer.hf.remembered import known_rates, machine_name, remember
-from headinfer.rates import PAGEABLE_BYTES_S, Rates
+from headinfer.rates import BLOCK_ROWS, PAGEABLE_BYTES_S, Rates
 from headinfer.tiers import HostTier
 
 DIMS = (64, 128)
@@ -68,6 +68,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         machine=machine_name(device),
         dtype=str(dtype).removeprefix("torch."),
         block_flops=block_flops,
+        block_rows=_block_rows(device),
         attention_flops=attention,
         weight_bytes_s=weight_bytes_s,
         resident_bytes_s=resident,
@@ -142,7 +143,8 @@ class _Steps:
 def _block_flops(clock: _Clock, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of layers without their attention, norms and activations included."""
     AttentionInterface.register(NO_ATTENTION, _no_attention)
-    hidden, inner, rows = (4096, 14336, 2048) if device.type == "cuda" else (1024, 2816, 256)
+    hidden, inner = (4096, 14336) if device.type == "cuda" else (1024, 2816)
+    rows = _block_rows(device)
     config = _llama(hidden, inner, 2, vocab=16)
     config._attn_implementation = NO_ATTENTION
     with torch.device(device):
@@ -151,6 +153,10 @@ def _block_flops(clock: _Clock, device: torch.device, dtype: torch.dtype) -> flo
     x = torch.zeros((1, rows, hidden), device=device, dtype=dtype)
     seconds = clock.seconds(lambda: model(inputs_embeds=x, use_cache=False), times=7)
     return float(2 * rows * weights) / seconds
+
+
+def _block_rows(device: torch.device) -> int:
+    return BLOCK_ROWS if device.type == "cuda" else 256
 
 
 def _weight_rate(clock: _Clock, device: torch.device, dtype: torch.dtype) -> float:

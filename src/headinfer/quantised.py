@@ -66,7 +66,7 @@ def stored_bits(config: Mapping[str, Any]) -> StoredBits:
         )
     try:
         return read(method, config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             f"the quantization_config of method {method!r} is not complete ({error!r}), so the bytes "
             "of the weights are not known; take the config.json that belongs to the weights"
@@ -111,7 +111,7 @@ def _mxfp4(method: str, config: Mapping[str, Any]) -> StoredBits:
 
 
 def _compressed(method: str, config: Mapping[str, Any]) -> StoredBits:
-    group = next(iter(config["config_groups"].values()))
+    group: Mapping[str, Any] = next(iter(config["config_groups"].values()), {})
     weights = group["weights"]
     bits, size = float(weights["num_bits"]), int(weights.get("group_size") or 0)
     shared = 16 / size if size > 0 else 0.0

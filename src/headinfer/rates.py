@@ -8,7 +8,7 @@ of `headinfer.hf.probe`; nothing here knows how.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 VERSION = 1
@@ -16,6 +16,18 @@ BLOCK_ROWS = 2048
 PAGEABLE_BYTES_S = 6e9
 """Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
 gave this."""
+
+HIGHER_IS_BETTER = (
+    "block_flops",
+    "weight_bytes_s",
+    "resident_bytes_s",
+    "h2d_bytes_s",
+    "d2h_bytes_s",
+    "near_bytes_s",
+    "host_read_bytes_s",
+    "pageable_bytes_s",
+)
+LOWER_IS_BETTER = ("layer_s", "token_s", "pin_s_per_gib")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,21 @@ class Rates:
     def attention_flops_of(self, dim: int) -> float:
         """The rate at the nearest head dim measured."""
         return self.attention_flops[min(self.attention_flops, key=lambda known: abs(known - dim))]
+
+    def best_of(self, other: Rates) -> Rates:
+        """The higher of both rates and the shorter of both times, one by one: whatever else a
+        machine does only ever makes it slower."""
+        mine, theirs = asdict(self), asdict(other)
+        found: dict[str, Any] = {"seconds": self.seconds + other.seconds}
+        for name in HIGHER_IS_BETTER + LOWER_IS_BETTER:
+            both = [value for value in (mine[name], theirs[name]) if value is not None]
+            if both:
+                found[name] = max(both) if name in HIGHER_IS_BETTER else min(both)
+        dims = self.attention_flops.keys() & other.attention_flops.keys()
+        found["attention_flops"] = {
+            dim: max(self.attention_flops[dim], other.attention_flops[dim]) for dim in sorted(dims)
+        }
+        return replace(self, **found)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

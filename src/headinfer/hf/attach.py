@@ -39,7 +39,7 @@ from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
 from headinfer.hf.step import CudaRecorder, Recorder
-from headinfer.hf.weights import weights_there
+from headinfer.hf.weights import compute_device, weights_there
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
@@ -179,10 +179,11 @@ class Session:
                 "not be used. Close the first one (leave its `with` block, or call close())"
             )
         self.model = model
+        self._device = compute_device(model)
         self.cache: HeadCache | None = None
         self._given = options
         self._options: Options = options_from(options)
-        self._passes = Passes(observer, mark_on(model.device))
+        self._passes = Passes(observer, mark_on(self._device))
         self._batch = batch_size or 1
         self._closed = False
         self._first_plan: Plan | None = None
@@ -225,9 +226,9 @@ class Session:
         """An empty cache with this session's options, or others, to be passed as
         `past_key_values`."""
         config = _decoder_config(self.model)
-        weights = self._geometry.weight_bytes
+        size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
-        self.cache = HeadCache(config, weight_bytes=weights, **given)
+        self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
         return self.cache
 
     def replay_with(self, recorder: Callable[[], Recorder]) -> None:
@@ -300,7 +301,7 @@ class Session:
             self.model._prefill = Prefill(
                 self.model, self._chunk_tokens(), self._announced, lambda: self.cache
             )
-        if self._step_graphs and self.model.device.type == "cuda" and not self.materializes:
+        if self._step_graphs and self._device.type == "cuda" and not self.materializes:
             self.replay_with(CudaRecorder)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -321,22 +322,22 @@ class Session:
             self._length = prompt, min(most, prompt + max(prompt, SPARE_TOKENS))
 
     def _geometry_now(self) -> Geometry:
-        device = self.model.device
+        device = self._device
         weights = weight_bytes_of(self.model, device)
         more = weights_there(self.model)
         geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights, weights=more)
         return replace(geometry, itemsize=self.model.dtype.itemsize)
 
     def _make_plan(self) -> Plan:
-        options = resolve_budget(self._options, self.model.device)
-        return make_plan(self._geometry, options, device=self.model.device.type, batch=self._batch)
+        options = resolve_budget(self._options, self._device)
+        return make_plan(self._geometry, options, device=self._device.type, batch=self._batch)
 
     def _chunk_tokens(self) -> int:
         if self._first_plan is not None:
             return self._first_plan.chunk_tokens
         if self._options.chunk_tokens is not None:
             return self._options.chunk_tokens
-        if self.model.device.type == "cuda":
+        if self._device.type == "cuda":
             return self._make_plan().chunk_tokens if self.head_layers else GPU_CHUNK_TOKENS
         return CPU_CHUNK_TOKENS
 

@@ -27,6 +27,8 @@ from headinfer.rates import BLOCK_ROWS, PAGEABLE_BYTES_S, Rates
 from headinfer.tiers import HostTier
 
 DIMS = (64, 128)
+AGAIN_S = 5.0
+"""A measurement of a CPU that took less is made twice."""
 NO_ATTENTION = "headinfer-probe"
 
 
@@ -42,6 +44,9 @@ def rates_for(device: torch.device | str, dtype: torch.dtype, *, refresh: bool =
     if not refresh and (found := known_rates(device, dtype)) is not None:
         return found
     rates = measure(device, dtype)
+    if device.type == "cpu" and rates.seconds < AGAIN_S:
+        # Others take the CPU for a second or two at a time: what is best of both is the machine's.
+        rates = rates.best_of(measure(device, dtype))
     remember(rates, device, dtype)
     return rates
 
@@ -121,7 +126,8 @@ def _decode_s(device: torch.device, dtype: torch.dtype, depth: int) -> float:
     with attach(model, expected_tokens=64):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
                        do_sample=False, eos_token_id=None, pad_token_id=0, streamer=step)  # fmt: skip
-    return min(step.seconds[4:])
+    steps = sorted(step.seconds[4:])
+    return steps[len(steps) // 4]  # a step that nobody disturbs, not the luckiest one
 
 
 class _Steps:

@@ -33,6 +33,20 @@ def quantization_of(config: PreTrainedConfig) -> StoredBits | None:
     return stored_bits(found if isinstance(found, Mapping) else found.to_dict())
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a model computes: where its weights are, or where accelerate brings them."""
+    device: torch.device | None = getattr(model, "device", None)
+    if device is not None and device.type != "meta":
+        return device
+    for part in model.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
+    return device or torch.device("cpu")
+
+
 def weights_to_come(model: PreTrainedModel, stored: StoredBits | None) -> tuple[int, Weights]:
     """Bytes of a model on the meta device once its weights are there, and more about them."""
     linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}

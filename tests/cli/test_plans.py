@@ -151,7 +151,7 @@ def test_less_memory_than_the_weights_on_a_gpu(headinfer: Program, shape: Any) -
     assert result.status == 1
     assert "14.96 GiB weights" in result.error
     assert "the GPU budget is 7.52 GiB" in result.error
-    enough = re.search(r"Raise gpu_memory to (\d+) bytes", result.error)
+    enough = re.search(r"Raise --gpu-memory to (\d+) bytes", result.error)
     room = re.search(r"weights that take at most (\d+) bytes on the GPU", result.error)
     assert enough is not None
     assert room is not None

@@ -28,16 +28,19 @@ from transformers import (
 from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
+from headinfer.cost import predict
 from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
 from headinfer.geometry import Geometry, Weights
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
+from headinfer.hf.compared import Comparison, RequestClock, compare
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.graphs import StepGraphs
 from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
+from headinfer.hf.remembered import known_rates
 from headinfer.hf.step import CudaRecorder, Recorder
 from headinfer.hf.weights import compute_device, weights_there
 from headinfer.layer import Stats
@@ -183,7 +186,8 @@ class Session:
         self.cache: HeadCache | None = None
         self._given = options
         self._options: Options = options_from(options)
-        self._passes = Passes(observer, mark_on(self._device))
+        self._clock = RequestClock(observer)
+        self._passes = Passes(self._clock, mark_on(self._device))
         self._batch = batch_size or 1
         self._closed = False
         self._first_plan: Plan | None = None
@@ -216,6 +220,21 @@ class Session:
     def stats(self) -> Stats:
         """Bytes held and moved by the latest generation."""
         return Stats() if self.cache is None else self.cache.stats()
+
+    @property
+    def compared(self) -> Comparison | None:
+        """Predicted and measured figures of the latest generation, side by side; None before the
+        first. The GPU's peak is that of the process since its statistics were last reset."""
+        plan = self.plan
+        if plan is None:
+            return None
+        self._passes.flush()
+        rates, tokens = known_rates(self._device, self.model.dtype), self._clock.prompt_tokens
+        said = None if rates is None or not tokens else predict(plan, rates, prompt_tokens=tokens)
+        peak = None
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        return compare(plan, self.stats, self._clock, said, peak)
 
     @property
     def materializes(self) -> bool:

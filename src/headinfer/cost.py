@@ -18,7 +18,7 @@ from headinfer.rates import Rates
 SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
 """Of no machine: what is left is how attention relates to everything else."""
 
-SAMPLES = 33
+SAMPLES = 17
 """Chunks that stand for all of a long prompt."""
 NOT_HIDDEN = 0.1
 """Of what goes on beside the slowest path of a chunk, what it delays that one by: they share the

@@ -34,6 +34,7 @@ class LayerGeometry:
         window: tokens kept by a sliding layer, else 0.
         attended_key_dim, attended_value_dim: of what is attended, where the model expands what is
             kept (latents) for every query head; 0: as kept.
+        state_bytes: of a layer with a fixed state, what that takes for one sequence.
     """
 
     kind: LayerKind
@@ -44,6 +45,7 @@ class LayerGeometry:
     window: int = 0
     attended_key_dim: int = 0
     attended_value_dim: int = 0
+    state_bytes: int = 0
 
     @property
     def attended_dims(self) -> tuple[int, int]:

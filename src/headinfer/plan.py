@@ -116,6 +116,8 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             continue
         if options.rates is None or options.expected_tokens is None:
             break
+        if not fitting[-1].offloaded_heads:  # a shorter chunk has nothing to make room for
+            break
     if refused is not None and not fitting:
         raise refused
     return _with_near_reason(_quickest(fitting, options))
@@ -175,6 +177,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         "staging": num_slots * slot_bytes + 2 * write_bytes,
         "tails": batch * tails,
         "windows": 2 * windows,
+        "states": 2 * batch * sum(layer.state_bytes for layer in geometry.layers),
         "workspace": WORKSPACE_BYTES,
     }
     parts["allocator slack"] = int(parts["activations"] * SLACK_SHARE)

@@ -225,3 +225,14 @@ def test_latents_are_expanded_at_every_step(tmp_path: Path) -> None:
     plain = geometry_of(LlamaConfig()).layers[0]
     assert plain.expansion_flops == 0
     assert plain.attended_dims == (plain.key_dim, plain.value_dim)
+
+
+def test_states_are_counted(tmp_path: Path) -> None:
+    found = geometry_of(shape_of(tmp_path, "qwen3-next-80b").config)
+    states = [layer for layer in found.layers if layer.kind is LayerKind.STATE]
+    assert len(states) == 36
+    # 32 heads of 128 x 128, and 4 inputs of 2 x 16 x 128 + 32 x 128 channels, in float32
+    assert states[0].state_bytes == 4 * (32 * 128 * 128 + 4 * 8192)
+    options = Options(budget=MemoryBudget(None, None), expected_tokens=8192)
+    plan = make_plan(found, options, device="cuda")
+    assert plan.gpu_parts["states"] == 2 * 36 * states[0].state_bytes

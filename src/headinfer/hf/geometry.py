@@ -126,7 +126,8 @@ def _layer_configs(text: PreTrainedConfig, count: int) -> list[PreTrainedConfig]
 def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
     if not isinstance(layer, CacheLayerMixin):
         kind = LayerKind.NONE if type(layer).__name__ == "DummyLayer" else LayerKind.STATE
-        return LayerGeometry(kind)
+        state = _state_bytes(text) if kind is LayerKind.STATE else 0
+        return LayerGeometry(kind, state_bytes=state)
     heads, query_heads, key_dim, value_dim = _heads(text)
     if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
         window = int(getattr(layer, "sliding_window", 0) or 0)
@@ -135,6 +136,26 @@ def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
     return LayerGeometry(
         LayerKind.FULL, heads, key_dim, value_dim, query_heads, 0, attended[0], attended[1]
     )
+
+
+def _state_bytes(text: PreTrainedConfig) -> int:
+    """What a linear-attention or state-space layer keeps of one sequence, in float32 as most kernels
+    want it: its states and the last inputs of its convolution. 0 where the config has other names."""
+
+    def size(*names: str) -> int:
+        found = (getattr(text, name, None) for name in names)
+        return next((each for each in found if isinstance(each, int)), 0)
+
+    keys, values = size("linear_num_key_heads"), size("linear_num_value_heads")
+    key_dim, value_dim = size("linear_key_head_dim"), size("linear_value_head_dim")
+    state = values * key_dim * value_dim
+    width = 2 * keys * key_dim + values * value_dim
+    if not state:  # Mamba and its kin
+        width = size("mamba_intermediate_size", "mamba_d_ssm", "mamba_d_inner")
+        width = width or size("mamba_expand", "expand") * _hidden_size(text)
+        state = width * size("mamba_d_state", "ssm_state_size", "state_size")
+    kernel = size("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv_kernel_size")
+    return 4 * (state + width * kernel)
 
 
 def _expanded_dims(text: PreTrainedConfig) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     budget = options.budget
     host, notes = budget.host_bytes, list(options.budget_reasons)
     if host is None:
-        found, locks = _host_memory(), device.type == "cuda"
+        found, locks = memory_here(), device.type == "cuda"
         host = found.default_budget(page_locked=locks)
         notes.append(found.reason(page_locked=locks))
     gpu = budget.gpu_bytes
@@ -102,7 +102,7 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     return replace(options, budget=budget, near_data=near, rates=rates, budget_reasons=tuple(notes))
 
 
-def _host_memory() -> HostMemory:
+def memory_here() -> HostMemory:
     """What this process may take, asked of the system or, off Linux, of psutil."""
     found = host_memory()
     if found is None:

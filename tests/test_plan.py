@@ -178,6 +178,9 @@ def test_options_that_cannot_be_are_refused():
             Options(**bad)
     with pytest.raises(InputError, match="the model is on the CPU"):
         make_plan(llama3_8b(), options(GIB), device="cpu")
+    for batch in (0, -2, 1.5, True):
+        with pytest.raises(InputError, match=r"batch=.* give a whole number >= 1"):
+            make_plan(llama3_8b(), options(), device="cuda", batch=batch)
     with pytest.raises(InputError, match="cannot attend host memory in place"):
         make_plan(llama3_8b(), options(24 * GIB, staging=False), device="cuda")
 

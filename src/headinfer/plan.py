@@ -48,6 +48,8 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
         BudgetTooSmall: with the smallest budget that works.
         InputError: options that contradict each other or the device.
     """
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch={batch!r} is not usable; give a whole number >= 1")
     plan = (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
     return replace(plan, reasons=(*plan.reasons, *options.budget_reasons))
 

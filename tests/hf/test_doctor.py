@@ -200,4 +200,6 @@ def test_the_report_names_the_limit_of_a_container(monkeypatch: pytest.MonkeyPat
 
     found = HostMemory(8 * 2**30, 3 * 2**30, container=True)
     monkeypatch.setattr(geometry, "host_memory", lambda: found)
-    assert "host memory 8.00 GiB, 3.00 GiB available (a container's limit)" in str(headinfer.doctor())
+    assert "host memory 8.00 GiB, 3.00 GiB available (a container's limit)" in str(
+        headinfer.doctor()
+    )

@@ -192,11 +192,13 @@ class Session:
         self._closed = False
         self._first_plan: Plan | None = None
         self._length: tuple[int, int] | None = None
+        self._chunk: int | None = None
         self._geometry = self._geometry_now()
         self.head_layers = len(self._geometry.full_layers)
         self._cache_layers = len(DynamicCache(config=_decoder_config(model)).layers)
         if self._options.expected_tokens is not None:
             self._first_plan = self._make_plan()
+            self._chunk = self._first_plan.chunk_tokens
         self._attention = _attention_in_use(model)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
@@ -247,6 +249,8 @@ class Session:
         config = _decoder_config(self.model)
         size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
+        if given.get("chunk_tokens") is None and self._chunk is not None:
+            given["chunk_tokens"] = self._chunk
         self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
         return self.cache
 
@@ -335,10 +339,35 @@ class Session:
             kv,
         )
 
-    def _announced(self, prompt: int, most: int) -> None:
-        """`generate()` is about to read `prompt` tokens and may reach `most`."""
-        if self._options.expected_tokens is None:
+    def _announced(self, prompt: int, most: int, batch: int) -> int | None:
+        """`generate()` is about to read `prompt` tokens and may reach `most`: the chunk for that.
+
+        The cache made next is planned with this very chunk: what is resident has to fit beside the
+        forward passes that really come.
+        """
+        known = self._options.expected_tokens
+        if known is None:
             self._length = prompt, min(most, prompt + max(prompt, SPARE_TOKENS))
+        if self._options.chunk_tokens is not None or not self.head_layers:
+            return None
+        if known is None or batch != self._batch:
+            self._chunk = self._chunk_for(
+                [known] if known else [*reversed(self._length or ())], batch
+            )
+        return self._chunk
+
+    def _chunk_for(self, lengths: list[int], batch: int) -> int | None:
+        """The chunk that is planned for the first of these lengths that fits; None if none does:
+        the cache will say so, with the whole story."""
+        options = resolve_budget(self._options, self._device)
+        for tokens in lengths:
+            try:
+                asked = replace(options, expected_tokens=tokens)
+                plan = make_plan(self._geometry, asked, device=self._device.type, batch=batch)
+            except BudgetTooSmall:
+                continue
+            return plan.chunk_tokens
+        return None
 
     def _geometry_now(self) -> Geometry:
         device = self._device

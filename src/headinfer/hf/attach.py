@@ -249,9 +249,8 @@ class Session:
         config = _decoder_config(self.model)
         size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
-        if given.get("chunk_tokens") is None and self._chunk is not None:
-            given["chunk_tokens"] = self._chunk
         self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
+        self.cache.backing.chunk = self._chunk
         return self.cache
 
     def replay_with(self, recorder: Callable[[], Recorder]) -> None:

@@ -254,6 +254,8 @@ def chunk_of(model: PreTrainedModel, cache: Any, *, batch: int) -> int:
             return backing.plan.chunk_tokens
         if backing.options.chunk_tokens is not None:
             return backing.options.chunk_tokens
+        if backing.chunk is not None:
+            return backing.chunk
         if backing.geometry is not None and backing.geometry.full_layers:
             options = resolve_budget(backing.options, device)
             plan = make_plan(backing.geometry, options, device=device.type, batch=batch)

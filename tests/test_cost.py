@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -139,3 +140,16 @@ def test_rates_survive_json_and_another_version_is_refused():
     assert Rates.from_dict({**GPU.as_dict(), "version": 0}) is None
     assert Rates.from_dict({"version": 1}) is None
     assert Rates.from_dict({**GPU.as_dict(), "attention_flops": 3}) is None
+
+
+def test_the_best_of_two_measurements_is_the_best_of_every_figure():
+    slow = replace(
+        GPU, block_flops=1e12, attention_flops={64: 500e12, 128: 1e12}, layer_s=1.0, seconds=2.0
+    )
+    best = slow.best_of(replace(GPU, token_s=3.0, seconds=1.5, near_bytes_s=None))
+    assert best.block_flops == GPU.block_flops
+    assert best.attention_flops == {64: 500e12, 128: 600e12}
+    assert (best.layer_s, best.token_s) == (GPU.layer_s, GPU.token_s)
+    assert best.near_bytes_s == GPU.near_bytes_s
+    assert best.seconds == 3.5
+    assert CPU.best_of(CPU).h2d_bytes_s is None

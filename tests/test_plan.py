@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headinfer.budget import GIB, MIB, MemoryBudget
+from headinfer.cost import request_s
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
 from headinfer.plan import activation_bytes, hiding_tokens, make_plan
 from headinfer.rates import Rates
+from headinfer.reach import longest_context
 
 
 def llama3_8b(weights=15 * GIB):
@@ -90,6 +93,7 @@ def test_more_memory_never_offloads_more(geometry, gpu, more, tokens):
     except BudgetTooSmall:
         assume(False)
     rich = make_plan(geometry, options(gpu + more, expected_tokens=tokens), device="cuda")
+    # Without rates the longest chunk comes first.
     assert rich.chunk_tokens >= less.chunk_tokens
     if rich.chunk_tokens == less.chunk_tokens:
         assert rich.offloaded_heads <= less.offloaded_heads
@@ -174,6 +178,9 @@ def test_options_that_cannot_be_are_refused():
             Options(**bad)
     with pytest.raises(InputError, match="the model is on the CPU"):
         make_plan(llama3_8b(), options(GIB), device="cpu")
+    for batch in (0, -2, 1.5, True):
+        with pytest.raises(InputError, match=r"batch=.* give a whole number >= 1"):
+            make_plan(llama3_8b(), options(), device="cuda", batch=batch)
     with pytest.raises(InputError, match="cannot attend host memory in place"):
         make_plan(llama3_8b(), options(24 * GIB, staging=False), device="cuda")
 
@@ -224,7 +231,7 @@ def test_the_chunk_hides_transfers_where_the_machine_was_measured():
         )
 
     def plan(gpu, link=None, **more):
-        asked = options(gpu, 200 * GIB, expected_tokens=400_000, **more)
+        asked = options(gpu, 200 * GIB, expected_tokens=1_200_000, **more)
         if link is not None:
             asked = replace(asked, rates=rates(link))
         return make_plan(llama3_8b(), asked, device="cuda")
@@ -240,3 +247,114 @@ def test_the_chunk_hides_transfers_where_the_machine_was_measured():
     assert narrow.chunk_tokens < 12_500
     assert any("transfers take longer than its attention" in reason for reason in narrow.reasons)
     assert plan(40 * GIB, 12e9, chunk_tokens=1024).chunk_tokens == 1024
+
+
+rates_found = st.builds(
+    Rates,
+    machine=st.just("drawn"),
+    dtype=st.just("bfloat16"),
+    block_flops=st.floats(20e12, 1000e12),
+    attention_flops=st.fixed_dictionaries({64: st.floats(20e12, 800e12)}),
+    weight_bytes_s=st.floats(300e9, 4000e9),
+    resident_bytes_s=st.floats(300e9, 4000e9),
+    layer_s=st.floats(1e-5, 2e-3),
+    token_s=st.floats(1e-5, 5e-3),
+    h2d_bytes_s=st.floats(3e9, 60e9),
+    d2h_bytes_s=st.just(50e9),
+    near_bytes_s=st.one_of(st.none(), st.floats(5e9, 150e9)),
+    pin_s_per_gib=st.one_of(st.none(), st.floats(0.05, 0.7)),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    geometry=geometries,
+    rates=rates_found,
+    gpu=st.integers(GIB // 2, 40 * GIB),
+    host=st.integers(GIB, 200 * GIB),
+    more=st.tuples(st.integers(0, 20 * GIB), st.integers(0, 100 * GIB)),
+    tokens=st.integers(1, 2**20),
+)
+def test_more_memory_never_predicts_slower(geometry, rates, gpu, host, more, tokens):
+    def seconds(gpu, host):
+        asked = replace(options(gpu, host, expected_tokens=tokens), rates=rates)
+        plan = make_plan(geometry, asked, device="cuda")
+        return request_s(plan, rates, prompt_tokens=tokens)
+
+    try:
+        less = seconds(gpu, host)
+    except BudgetTooSmall:
+        assume(False)
+    assert seconds(gpu + more[0], host + more[1]) <= less * (1 + 1e-9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    geometry=geometries,
+    rates=st.one_of(st.none(), rates_found),
+    gpu=st.integers(1, 20 * GIB),
+    host=st.integers(1, 8 * GIB),
+    tokens=st.integers(1, 2**20),
+    chunk=st.one_of(st.none(), st.integers(1, 60_000)),
+    remedy=st.integers(0, 9),
+)
+def test_every_remedy_of_a_refusal_works(geometry, rates, gpu, host, tokens, chunk, remedy):
+    """Whichever of the remedies is followed: that refusal does not come again."""
+    asked = replace(options(gpu, host, expected_tokens=tokens, chunk_tokens=chunk), rates=rates)
+    for _ in range(4):  # GPU, then host, each at most twice with another length
+        try:
+            plan = make_plan(geometry, asked, device="cuda")
+            break
+        except BudgetTooSmall as error:
+            ways = remedies(str(error))
+            assert ways
+            name, number = ways[remedy % len(ways)]
+            if name == "weights":
+                geometry = replace(geometry, weight_bytes=number)
+            elif name in ("gpu", "host"):
+                budget = replace(asked.budget, **{f"{name}_bytes": number})
+                asked = replace(asked, budget=budget)
+            else:
+                asked = replace(asked, **{name: number})
+    else:
+        raise AssertionError("remedies that do not end")
+    assert plan.gpu_bytes <= (asked.budget.gpu_bytes or 0)
+    assert plan.host_bytes <= (asked.budget.host_bytes or 0)
+
+
+def remedies(message):
+    """What a refusal tells its reader to do: the name of a quantity and its new value."""
+    patterns = {
+        "gpu": r"[Rr]aise gpu_memory to (\d+) bytes",
+        "host": r"Raise host_memory to (\d+) bytes",
+        "chunk_tokens": r"Lower chunk_tokens to ([\d,]+)",
+        "expected_tokens": r"shorten the context to ([\d,]+) tokens",
+        "weights": r"weights that take at most (\d+) bytes",
+    }
+    found = ((name, re.search(pattern, message)) for name, pattern in patterns.items())
+    return [(name, int(match[1].replace(",", ""))) for name, match in found if match]
+
+
+@settings(max_examples=40, deadline=None)
+@given(geometry=geometries, gpu=st.integers(GIB, 30 * GIB), host=st.integers(MIB, 64 * GIB))
+def test_the_longest_context_fits_and_the_next_block_does_not(geometry, gpu, host):
+    asked = options(gpu, host)
+    longest = longest_context(geometry, asked, device="cuda")
+    assume(longest is not None)
+    if longest:
+        assert make_plan(geometry, replace(asked, expected_tokens=longest), device="cuda")
+    with pytest.raises(BudgetTooSmall):
+        make_plan(geometry, replace(asked, expected_tokens=longest + 128), device="cuda")
+
+
+def test_a_shorter_chunk_is_chosen_where_it_leaves_room_for_heads_that_pay():
+    rates = Rates("m", "bfloat16", 500e12, {128: 600e12}, 3e12, 3e12, 1e-4, 1e-3, h2d_bytes_s=50e9)
+    asked = options(int(17.2 * GIB), 64 * GIB, expected_tokens=16_384, near_data=0.0)
+    by_memory = make_plan(llama3_8b(), asked, device="cuda")
+    by_time = make_plan(llama3_8b(), replace(asked, rates=rates), device="cuda")
+    assert by_time.chunk_tokens < by_memory.chunk_tokens
+    assert by_time.offloaded_heads < by_memory.offloaded_heads
+    assert request_s(by_time, rates, prompt_tokens=16_384) < request_s(
+        by_memory, rates, prompt_tokens=16_384
+    )
+    assert any("leave room for fewer heads" in reason for reason in by_time.reasons)

@@ -3,11 +3,45 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headinfer.progress import PrefillClock
+from headinfer.budget import GIB, MemoryBudget
+from headinfer.cost import chunk_cost, chunk_time
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.options import Options
+from headinfer.plan import make_plan
+from headinfer.progress import PrefillClock, eta_errors
+from headinfer.rates import Rates
+
+TOKENS, CHUNK = 131_072, 8192
+H200 = Rates(
+    machine="NVIDIA H200, as measured",
+    dtype="bfloat16",
+    block_flops=498e12,
+    attention_flops={64: 404e12, 128: 618e12},
+    weight_bytes_s=3297e9,
+    resident_bytes_s=3456e9,
+    layer_s=0.85e-3,
+    token_s=1.18e-3,
+    h2d_bytes_s=55.4e9,
+    d2h_bytes_s=55.2e9,
+    near_bytes_s=99.8e9,
+    host_read_bytes_s=60e9,
+    pin_s_per_gib=0.26,
+)
+
+
+def planned(**more):
+    layer = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+    llama = Geometry((layer,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B")
+    budget = MemoryBudget(gpu_bytes=24 * GIB, host_bytes=100 * GIB)
+    options = Options(budget=budget, expected_tokens=TOKENS, chunk_tokens=CHUNK, **more)
+    return make_plan(llama, options, device="cuda")
 
 
 def run(clock, chunk, until, linear, quadratic):
@@ -64,3 +98,100 @@ def test_the_end_is_the_end():
     run(clock, 256, 1024, 1e-4, 1e-8)
     assert clock.eta_s() == 0.0
     assert clock.fraction() == 1.0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    linear=st.floats(0.9, 1.1),
+    attention=st.floats(0.92, 1.08),
+    slower=st.floats(0.95, 1.1),
+    first=st.floats(0.0, 1.5),
+    residents=st.sampled_from([0, None]),
+)
+def test_at_a_tenth_of_128k_the_remaining_time_is_known_within_a_tenth(
+    linear, attention, slower, first, residents
+):
+    """Whatever is off, within what the cost model is held to, and after a first chunk that takes
+    what first chunks take."""
+    seconds = simulated(linear, attention, slower, first, residents)
+    errors = eta_errors(clock_of(residents), seconds, CHUNK)
+    at_a_tenth = next(error for share, error in errors if share >= 0.1)
+    assert abs(at_a_tenth) <= 0.1
+    assert all(abs(error) <= 0.03 for share, error in errors if share >= 0.6)
+
+
+@pytest.mark.parametrize("slower", [0.5, 2.0, 4.0])
+def test_a_prediction_that_is_far_off_corrects_itself(slower):
+    errors = eta_errors(clock_of(0), simulated(1.0, 1.0, slower, 0.3, 0), CHUNK)
+    assert abs(errors[1][1]) < 0.6 * abs(1 / slower - 1) + 0.05
+    assert all(abs(error) <= 0.1 for share, error in errors if share >= 0.5)
+
+
+def clock_of(residents):
+    plan = planned(resident_heads=residents)
+    return PrefillClock(TOKENS, chunk_cost(plan, H200), measured=True, chunk_tokens=CHUNK)
+
+
+def simulated(linear, attention, slower, first, residents):
+    """Seconds of chunks on a machine that differs from the prediction by these factors."""
+    parts = [
+        chunk_cost(planned(resident_heads=residents), H200)(past, CHUNK)
+        for past in range(0, TOKENS, CHUNK)
+    ]
+    seconds = [slower * (linear * base + attention * growth) for base, growth in parts]
+    return [seconds[0] + first, *seconds[1:]]
+
+
+def recorded_chunks():
+    """Seconds of the chunks of 128K on an H200 from prompts of 32K, 64K and 128K that were timed
+    as wholes: chunks of a + b * past seconds, with the measured sums of [0, 32K), [32K, 64K) and
+    [64K, 128K), spread inside each by what the cost model says of them."""
+    path = Path(__file__).parent.parent / "benchmarks/results/h200-llama3-8b-24gib.json"
+    if not path.is_file():
+        pytest.skip("an unpacked source archive has no results")
+    rows = json.loads(path.read_text())["rows"]
+    took = {row["tokens"]: row["ttft_s"] for row in rows if row.get("nothing_resident")}
+    plan = planned(resident_heads=0)
+    found, before = [], (0, 0.0)
+    for tokens in sorted(took):
+        pasts = range(before[0], tokens, CHUNK)
+        shape = [chunk_time(plan, H200, past=past, new=CHUNK).seconds for past in pasts]
+        scale = (took[tokens] - before[1]) / sum(shape)
+        found += [scale * each for each in shape]
+        before = tokens, took[tokens]
+    assert sum(found) == pytest.approx(took[TOKENS])
+    return found
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_recorded_prefills_are_foreseen_at_a_tenth(measured):
+    plan = planned(resident_heads=0)
+    rates = H200 if measured else None
+    clock = PrefillClock(TOKENS, chunk_cost(plan, rates), measured=measured, chunk_tokens=CHUNK)
+    errors = eta_errors(clock, recorded_chunks(), CHUNK)
+    at_a_tenth = next(error for share, error in errors if share >= 0.1)
+    assert not measured or abs(at_a_tenth) <= 0.1
+    assert all(abs(error) <= 0.1 for share, error in errors if share >= 0.3)
+
+
+def test_a_measured_machine_names_a_time_before_the_first_chunk():
+    plan = planned()
+    clock = PrefillClock(TOKENS, chunk_cost(plan, H200), measured=True, chunk_tokens=CHUNK)
+    whole = sum(
+        chunk_time(plan, H200, past=past, new=CHUNK).seconds for past in range(0, TOKENS, CHUNK)
+    )
+    assert clock.eta_s() == pytest.approx(whole)
+    clock.resume(TOKENS // 2)
+    assert clock.eta_s() < whole
+    assert PrefillClock(TOKENS, chunk_cost(plan, None), chunk_tokens=CHUNK).eta_s() is None
+
+
+def test_a_shape_without_a_machine_needs_no_seconds():
+    plan = planned()
+    linear, quadratic = chunk_cost(plan, None)(65536, CHUNK)
+    assert quadratic > linear > 0
+    clock = PrefillClock(TOKENS, chunk_cost(plan, None), chunk_tokens=CHUNK)
+    clock.observe(CHUNK, 1.0)
+    base, _ = chunk_cost(plan, None)(0, CHUNK)
+    rest = sum(sum(chunk_cost(plan, None)(past, CHUNK)) for past in range(CHUNK, TOKENS, CHUNK))
+    assert clock.eta_s() == pytest.approx(rest / base, rel=1e-6)

@@ -7,11 +7,24 @@ bytes take. Pure arithmetic; every term can be printed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+from headinfer.budget import GIB
+from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
-from headinfer.plan import Plan
 from headinfer.rates import Rates
+
+SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
+"""Of no machine: what is left is how attention relates to everything else."""
+
+SAMPLES = 17
+"""Chunks that stand for all of a long prompt."""
+NOT_HIDDEN = 0.1
+"""Of what goes on beside the slowest path of a chunk, what it delays that one by: they share the
+memory's bandwidth, and neither starts or ends with the other. An assumption."""
+ANSWER_TOKENS = 64
+"""Of a request whose prompt is all that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +56,66 @@ def predict(plan: Plan, rates: Rates, *, prompt_tokens: int) -> Prediction:
     """Prefill of `prompt_tokens` and the decode step after it, with what `plan` decided."""
     prefill = 0.0
     limits: dict[str, float] = {}
-    for past in range(0, prompt_tokens, plan.chunk_tokens):
-        step = chunk_time(plan, rates, past=past, new=min(plan.chunk_tokens, prompt_tokens - past))
-        prefill += step.seconds
-        limits[step.limit] = limits.get(step.limit, 0.0) + step.seconds
+    for weight, past, new in _chunks(prompt_tokens, plan.chunk_tokens):
+        step = chunk_time(plan, rates, past=past, new=new)
+        prefill += weight * step.seconds
+        limits[step.limit] = limits.get(step.limit, 0.0) + weight * step.seconds
     decode = decode_time(plan, rates, length=prompt_tokens)
     longest = max(limits, key=lambda name: limits[name]) if limits else ""
     return Prediction(prefill, decode.seconds, longest, decode.limit)
+
+
+def request_s(plan: Plan, rates: Rates, *, prompt_tokens: int) -> float:
+    """Seconds of a whole request: the prompt, and an answer of `ANSWER_TOKENS`."""
+    found = predict(plan, rates, prompt_tokens=prompt_tokens)
+    return found.prefill_s + ANSWER_TOKENS * found.decode_s
+
+
+def _chunks(tokens: int, chunk: int) -> Iterator[tuple[float, int, int]]:
+    """(weight, tokens before, tokens in it) of the chunks of a prompt. Of many whole ones a few
+    stand for all by the trapezoid rule, which is exact where time is linear in the tokens before."""
+    whole, rest = divmod(tokens, chunk)
+    if whole <= SAMPLES:
+        yield from ((1.0, index * chunk, chunk) for index in range(whole))
+    else:
+        span = (whole - 1) / (SAMPLES - 1)
+        for sample in range(SAMPLES):
+            end = sample in (0, SAMPLES - 1)
+            weight = span / 2 + 0.5 if end else span
+            yield weight, round(sample * span * chunk), chunk
+    if rest:
+        yield 1.0, whole * chunk, rest
+
+
+def chunk_cost(plan: Plan, rates: Rates | None) -> Callable[[int, int], tuple[float, float]]:
+    """Seconds of a chunk in two parts, for `headinfer.progress.PrefillClock`: what it takes at the
+    start of a prompt, and what the tokens before it add.
+
+    Without rates the parts have no unit, but the relation of one to the other that a machine has
+    whose attention runs at the rate of its matrix products.
+    """
+    found = rates or SHAPE_ONLY
+
+    def parts(past: int, new: int) -> tuple[float, float]:
+        base = chunk_time(plan, found, past=0, new=new).seconds
+        return base, max(chunk_time(plan, found, past=past, new=new).seconds - base, 0.0)
+
+    return parts
 
 
 def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     """A forward pass over `new` tokens after `past`."""
     geometry, batch = plan.geometry, plan.batch
     compute = {
-        "projections and MLP": 2.0 * batch * new * block_params(geometry) / rates.block_flops,
+        "projections and MLP": _block_s(geometry, rates, rows=batch * new),
+        "expanding latents": batch
+        * (past + new)
+        * sum(layer.expansion_flops for layer in geometry.layers)
+        / rates.block_flops,
+        "bringing weights": moved_weights_s(geometry, rates),
         "attention": sum(
             attention_flops(layer, past=past, new=new, batch=batch)
-            / rates.attention_flops_of(max(layer.key_dim, layer.value_dim))
+            / rates.attention_flops_of(max(layer.attended_dims))
             for layer in geometry.layers
         ),
         "output projection": batch
@@ -68,30 +124,37 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         * geometry.itemsize
         / rates.weight_bytes_s,
     }
-    parts = dict(compute)
-    paths = {"compute": sum(compute.values()), "launching": _host_s(plan, rates)}
-    if rates.h2d_bytes_s is not None:
-        paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
-        parts["streaming"] = paths["streaming"]
-    parts["launching"] = paths["launching"]
-    return _slowest(paths, parts)
+    host_s = _host_s(plan, rates)
+    parts = {**compute, "launching": host_s}
+    if rates.h2d_bytes_s is None:  # a CPU does one thing after another
+        return _one_by_one(parts)
+    paths = {"compute": sum(compute.values()), "launching": host_s}
+    paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
+    if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
+        paths["page-locking"] = offloaded_bytes(plan, new) / GIB * rates.pin_s_per_gib
+    found = _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
+    hidden = sum(paths.values()) - found.seconds
+    return replace(found, seconds=found.seconds + NOT_HIDDEN * hidden)
 
 
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     """A forward pass over one token after `length`."""
     geometry, batch = plan.geometry, plan.batch
-    params = block_params(geometry) + geometry.hidden_size * geometry.vocab_size
     everything = geometry.kv_bytes(length, batch=batch)
     offloaded = offloaded_bytes(plan, length) if plan.staging else 0
     device = {
-        "weights": params * geometry.itemsize / rates.weight_bytes_s,
+        "weights": token_bytes(geometry) / rates.weight_bytes_s,
+        "bringing weights": moved_weights_s(geometry, rates),
+        "expanding latents": batch
+        * length
+        * sum(layer.expansion_flops for layer in geometry.layers)
+        / rates.block_flops,
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
     }
     host_s = _host_s(plan, rates)
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
-        total = sum(parts.values())
-        return StepTime(total, parts, max(parts, key=lambda name: parts[name]))
+        return _one_by_one(parts)
     chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
     near_s = 0.0
@@ -122,6 +185,8 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
 
 def block_params(geometry: Geometry) -> int:
     """Weights that multiply every token: projections and the (active) MLP of all layers."""
+    if geometry.weights.token_params:
+        return geometry.weights.token_params
     hidden, total = geometry.hidden_size, 0
     for layer in geometry.layers:
         attention = 0
@@ -133,9 +198,32 @@ def block_params(geometry: Geometry) -> int:
         elif layer.kind is LayerKind.STATE:
             attention = 4 * hidden * hidden
         total += attention + 3 * hidden * geometry.intermediate_size
-    if geometry.weight_bytes:
+    if geometry.weight_bytes and not geometry.weights.token_bytes:
         return min(total, geometry.weight_bytes // geometry.itemsize)
     return total
+
+
+def _block_s(geometry: Geometry, rates: Rates, *, rows: int) -> float:
+    """Projections and MLP of `rows` tokens: arithmetic, and every weight is read once a chunk, which
+    is why short ones cost more. The rate was measured with that reading included."""
+    reading = geometry.itemsize / (2 * rates.block_rows * rates.weight_bytes_s)
+    flop_s = max(1 / rates.block_flops - reading, 0.5 / rates.block_flops)
+    weights = geometry.weight_bytes or block_params(geometry) * geometry.itemsize
+    return 2.0 * rows * block_params(geometry) * flop_s + weights / rates.weight_bytes_s
+
+
+def token_bytes(geometry: Geometry) -> int:
+    """Bytes of weights that one token reads, the output projection included."""
+    params = block_params(geometry) + geometry.hidden_size * geometry.vocab_size
+    return geometry.weights.token_bytes or params * geometry.itemsize
+
+
+def moved_weights_s(geometry: Geometry, rates: Rates) -> float:
+    """Seconds per forward pass to bring weights that accelerate keeps in host memory, which is not
+    page-locked. Those on disk are not counted: how fast it is was not measured."""
+    if rates.h2d_bytes_s is None:
+        return 0.0
+    return geometry.weights.host_bytes / min(rates.pageable_bytes_s, rates.h2d_bytes_s)
 
 
 def attention_flops(layer: LayerGeometry, *, past: int, new: int, batch: int = 1) -> float:
@@ -145,7 +233,7 @@ def attention_flops(layer: LayerGeometry, *, past: int, new: int, batch: int = 1
     seen = past + (new + 1) / 2  # keys a row sees, on average
     if layer.kind is LayerKind.SLIDING:
         seen = min(seen, float(layer.window))
-    return 2.0 * batch * layer.num_query_heads * (layer.key_dim + layer.value_dim) * new * seen
+    return 2.0 * batch * layer.num_query_heads * sum(layer.attended_dims) * new * seen
 
 
 def offloaded_bytes(plan: Plan, tokens: int) -> int:
@@ -160,6 +248,10 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
 
 def _host_s(plan: Plan, rates: Rates) -> float:
     return len(plan.geometry.layers) * rates.layer_s + rates.token_s
+
+
+def _one_by_one(parts: dict[str, float]) -> StepTime:
+    return StepTime(sum(parts.values()), parts, max(parts, key=lambda name: parts[name]))
 
 
 def _slowest(paths: dict[str, float], parts: dict[str, float]) -> StepTime:

@@ -32,6 +32,9 @@ class LayerGeometry:
         value_dim: elements of one value.
         num_query_heads: attention heads that read it.
         window: tokens kept by a sliding layer, else 0.
+        attended_key_dim, attended_value_dim: of what is attended, where the model expands what is
+            kept (latents) for every query head; 0: as kept.
+        state_bytes: of a layer with a fixed state, what that takes for one sequence.
     """
 
     kind: LayerKind
@@ -40,6 +43,26 @@ class LayerGeometry:
     value_dim: int = 0
     num_query_heads: int = 0
     window: int = 0
+    attended_key_dim: int = 0
+    attended_value_dim: int = 0
+    state_bytes: int = 0
+
+    @property
+    def attended_dims(self) -> tuple[int, int]:
+        """Elements of a key and of a value in the arithmetic of attention."""
+        return (
+            self.attended_key_dim or self.key_dim,
+            self.attended_value_dim or self.value_dim,
+        )
+
+    @property
+    def expansion_flops(self) -> float:
+        """FLOPs to expand what is kept of one token, 0 where it is attended as it is."""
+        if not self.attended_key_dim:
+            return 0.0
+        # The key's last part, positions, is kept as the second latent and not expanded.
+        width = self.attended_key_dim - self.value_dim + self.attended_value_dim
+        return 2.0 * self.key_dim * self.num_query_heads * width
 
     def head_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one KV head over `tokens` tokens of one sequence."""
@@ -54,6 +77,25 @@ class LayerGeometry:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights beyond their sum on the device; 0 where it is not known.
+
+    Attributes:
+        token_params: weights that multiply one token, experts it does not pass and both
+            embeddings left out.
+        token_bytes: bytes that one token reads, the output projection included.
+        host_bytes, disk_bytes: what accelerate keeps elsewhere and brings for every forward pass.
+        largest_moved_bytes: of these, the most that is on the device at once.
+    """
+
+    token_params: int = 0
+    token_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    largest_moved_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """The cache and the sizes that set a run's memory.
 
@@ -63,9 +105,10 @@ class Geometry:
         hidden_size: width of the residual stream.
         intermediate_size: width of the MLP (the active experts' for a mixture).
         vocab_size: rows of the output projection.
-        weight_bytes: bytes of all weights, 0 if unknown.
+        weight_bytes: bytes of all weights on the device, 0 if unknown.
         max_positions: positions the model was made for, 0 if unknown.
         name: for messages.
+        weights: more about them.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -76,6 +119,7 @@ class Geometry:
     weight_bytes: int = 0
     max_positions: int = 0
     name: str = "model"
+    weights: Weights = Weights()
 
     @property
     def full_layers(self) -> tuple[LayerGeometry, ...]:

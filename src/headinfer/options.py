@@ -34,6 +34,7 @@ class Options:
         attention: attention implementation to insist on, or "auto".
         poison: NaN-fill staging slots on release (for tests).
         rates: of the machine, where they were measured; not for users to give.
+        budget_reasons: one line for every budget that the machine decided; not for users to give.
     """
 
     budget: MemoryBudget = field(default_factory=MemoryBudget)
@@ -49,6 +50,7 @@ class Options:
     attention: str = "auto"
     poison: bool = False
     rates: Rates | None = None
+    budget_reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InputError for a value no plan could use."""

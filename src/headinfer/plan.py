@@ -7,11 +7,24 @@ Counts bytes only. docs/placement.md says how the predicted peak compares with m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from headinfer.budget import MIB, MemoryBudget, format_bytes
+from headinfer.budget import format_bytes
+from headinfer.chunks import hiding_reason, hiding_tokens, roomy
+from headinfer.cost import ANSWER_TOKENS, request_s
+from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.footprint import (
+    SLACK_SHARE,
+    WORKSPACE_BYTES,
+    activation_bytes,
+    bytes_of_residents,
+    offloadable_heads,
+    residents_of,
+    slots_of,
+    write_buffer_bytes,
+)
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
@@ -19,130 +32,11 @@ from headinfer.options import Options
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
 LEAST_CHUNK_TOKENS = BLOCK_TOKENS
-SLOT_BYTES = 32 * MIB
-"""One KV head of 128 dims over 64K tokens in bf16: long enough for full transfer rate, and for a
-kernel launch to take less time than the copy."""
-NUM_SLOTS = 5
-LEAST_SLOTS = 2
-LEAST_SLOT_BYTES = MIB // 4
 NEAR_SHARE = 0.6
 """Of the offloaded heads, what the CPU attends at first: an AVX-512 kernel on 16 threads read
 108 GB/s where PCIe 5 brought 53."""
-WORKSPACE_BYTES = 192 * MIB
-"""cuBLAS and cuDNN workspaces."""
-SLACK_SHARE = 0.8
-"""Of the activations: what torch's caching allocator holds in blocks too small for the next
-request. Measured on an H200 with a Llama-3-8B shape, 0.5 GiB for 0.9 GiB of activations."""
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The decision, and what it is predicted to take.
-
-    Attributes:
-        geometry: the model's cache.
-        device: "cuda" or "cpu", where the model computes.
-        batch: sequences.
-        expected_tokens: length planned for; None when it is not known.
-        chunk_tokens: tokens prefilled per forward pass.
-        slot_bytes: size of one staging slot; 0 when nothing is staged.
-        num_slots: staging slots.
-        write_bytes: size of each of two write-back buffers.
-        resident_heads: per layer of the model, KV heads that stay on the GPU.
-        resident_bytes: GPU memory they may take; beyond it layers are demoted to host memory. None
-            for no limit.
-        near_share: of the offloaded heads, the share the CPU attends in decode, at first.
-        near_adapts: that share follows what the machine does.
-        kv_format: name of the stored format.
-        budget: what is allowed, resolved: None only where there is no limit.
-        gpu_parts: predicted peak on the GPU, part by part, bytes.
-        host_bytes: predicted keys and values in host memory, bytes; 0 if the length is unknown.
-        reasons: one line per decision.
-    """
-
-    geometry: Geometry
-    device: str
-    batch: int
-    expected_tokens: int | None
-    chunk_tokens: int
-    slot_bytes: int
-    num_slots: int
-    write_bytes: int
-    resident_heads: tuple[int, ...]
-    resident_bytes: int | None
-    near_share: float
-    near_adapts: bool
-    kv_format: str
-    budget: MemoryBudget
-    gpu_parts: dict[str, int]
-    host_bytes: int
-    reasons: tuple[str, ...] = ()
-
-    @property
-    def staging(self) -> bool:
-        """Tiles pass through the staging ring."""
-        return self.slot_bytes > 0
-
-    @property
-    def gpu_bytes(self) -> int:
-        """Predicted peak of GPU memory, weights included; 0 on a CPU."""
-        return sum(self.gpu_parts.values())
-
-    @property
-    def staging_bytes(self) -> int:
-        """GPU memory through which offloaded keys and values pass: independent of the context."""
-        return self.num_slots * self.slot_bytes + 2 * self.write_bytes
-
-    @property
-    def offloaded_heads(self) -> int:
-        """KV heads, over all layers, whose keys and values are in host memory."""
-        return sum(layer.num_kv_heads for layer in self.geometry.full_layers) - sum(
-            self.resident_heads
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "model": self.geometry.name,
-            "device": self.device,
-            "batch": self.batch,
-            "expected_tokens": self.expected_tokens,
-            "chunk_tokens": self.chunk_tokens,
-            "head_wise_layers": len(self.geometry.full_layers),
-            "layers": len(self.geometry.layers),
-            "resident_heads": list(self.resident_heads),
-            "resident_bytes": self.resident_bytes,
-            "offloaded_heads": self.offloaded_heads,
-            "near_share": self.near_share,
-            "near_adapts": self.near_adapts,
-            "kv_format": self.kv_format,
-            "slot_bytes": self.slot_bytes,
-            "num_slots": self.num_slots,
-            "write_bytes": self.write_bytes,
-            "gpu_budget_bytes": self.budget.gpu_bytes,
-            "host_budget_bytes": self.budget.host_bytes,
-            "predicted_gpu_parts": dict(self.gpu_parts),
-            "predicted_gpu_bytes": self.gpu_bytes,
-            "predicted_host_bytes": self.host_bytes,
-            "reasons": list(self.reasons),
-        }
-
-    def __str__(self) -> str:
-        full, count = self.geometry.full_layers, len(self.geometry.layers)
-        length = "unknown" if self.expected_tokens is None else f"{self.expected_tokens:,}"
-        lines = [
-            (
-                f"{self.geometry.name} on {self.device}: {length} tokens, batch {self.batch}, "
-                f"{len(full)} of {count} layers head by head"
-            ),
-            f"prefill in chunks of {self.chunk_tokens:,} tokens",
-        ]
-        if self.device == "cuda":
-            parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.gpu_parts.items())
-            lines.append(f"GPU peak, predicted: {format_bytes(self.gpu_bytes)} ({parts})")
-        if self.expected_tokens is not None:
-            lines.append(f"keys and values in host memory: {format_bytes(self.host_bytes)}")
-        return "\n".join([*lines, *(f"- {reason}" for reason in self.reasons)])
+__all__ = ["Plan", "activation_bytes", "hiding_tokens", "make_plan"]
 
 
 def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int = 1) -> Plan:
@@ -154,24 +48,10 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
         BudgetTooSmall: with the smallest budget that works.
         InputError: options that contradict each other or the device.
     """
-    if device == "cpu":
-        return _cpu_plan(geometry, options, batch)
-    return _gpu_plan(geometry, options, batch)
-
-
-def activation_bytes(geometry: Geometry, chunk_tokens: int, batch: int = 1) -> int:
-    """Predicted peak of activations in a forward pass over `chunk_tokens` tokens.
-
-    The MLP's gate, up and product, and a handful of residual-sized tensors live at once; in
-    attention, queries, outputs and float32 sums of a head group, which is less for all models
-    whose MLP is wider than three times their hidden size.
-    """
-    heads = max((layer.num_query_heads for layer in geometry.layers), default=0)
-    dim = max((max(layer.key_dim, layer.value_dim) for layer in geometry.layers), default=0)
-    mlp = 3 * geometry.intermediate_size + 4 * geometry.hidden_size
-    attention = 4 * geometry.hidden_size + 4 * heads * dim
-    logits = batch * geometry.vocab_size * (geometry.itemsize + 4)
-    return batch * chunk_tokens * max(mlp, attention) * geometry.itemsize + logits
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch={batch!r} is not usable; give a whole number >= 1")
+    plan = (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
+    return replace(plan, reasons=(*plan.reasons, *options.budget_reasons))
 
 
 def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
@@ -191,7 +71,7 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             f"near_data={options.near_data} was given, but on a CPU every head is attended where "
             "it lies, which is near_data=1; leave it out"
         )
-    slot_bytes, num_slots = _slots(options) if staging else (0, 0)
+    slot_bytes, num_slots = slots_of(options) if staging else (0, 0)
     chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
     where = "staged tile by tile" if staging else "attended in place, head by head"
     return _with_host(
@@ -203,8 +83,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             chunk_tokens=chunk,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
-            write_bytes=_write_bytes(geometry, chunk, batch) if staging else 0,
-            resident_heads=_residents(geometry, options.resident_heads or 0),
+            write_bytes=write_buffer_bytes(geometry, chunk, batch) if staging else 0,
+            resident_heads=residents_of(geometry, options.resident_heads or 0),
             resident_bytes=None,
             near_share=(options.near_data or 0.0) if staging else 0.0,
             near_adapts=False,
@@ -221,54 +101,58 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     if options.staging is False:
         raise InputError("staging=False was given, but a GPU cannot attend host memory in place")
     budget = options.budget.gpu_bytes
-    chunk = options.chunk_tokens or max(GPU_CHUNK_TOKENS, _roomy(hiding_tokens(geometry, options)))
+    chunk = options.chunk_tokens or max(GPU_CHUNK_TOKENS, roomy(hiding_tokens(geometry, options)))
     if options.expected_tokens is not None and options.chunk_tokens is None:
         chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
-    plan = _streaming_plan(geometry, options, batch, chunk)
-    insisted = _residents(geometry, options.resident_heads or 0)
-    extra = _resident_bytes(geometry, insisted, options.expected_tokens or 0, batch)
-    if budget is not None and options.chunk_tokens is None:
-        while chunk > LEAST_CHUNK_TOKENS and plan.gpu_bytes + extra > budget:
+    fitting: list[Plan] = []
+    refused: BudgetTooSmall | None = None
+    for length in _chunks_to_try(chunk, options, batch):
+        plan = _streaming_plan(geometry, options, batch, length)
+        try:
+            if budget is not None and plan.gpu_bytes > budget:
+                raise _gpu_too_small(geometry, options, batch, plan, budget)
+            fitting.append(_with_host(_with_residents(plan, options)))
+        except BudgetTooSmall as error:
+            # Of the GPU's the last names the least that works, and says nothing once it has room.
+            refused = error if refused is None or refused.tier == "gpu" else refused
+            continue
+        if options.rates is None or options.expected_tokens is None:
+            break
+        if not fitting[-1].offloaded_heads:  # a shorter chunk has nothing to make room for
+            break
+    if refused is not None and not fitting:
+        raise refused
+    return _with_near_reason(_quickest(fitting, options))
+
+
+def _chunks_to_try(chunk: int, options: Options, batch: int) -> Iterator[int]:
+    """`chunk`, and where the user left it open and memory is limited, halves of it."""
+    yield chunk
+    if options.chunk_tokens is None and options.budget.gpu_bytes is not None:
+        while chunk > LEAST_CHUNK_TOKENS:
             chunk = max(chunk // 2, LEAST_CHUNK_TOKENS)
-            plan = _streaming_plan(geometry, options, batch, chunk)
-    if budget is not None and plan.gpu_bytes > budget:
-        raise _gpu_too_small(geometry, options, batch, plan, budget)
-    return _with_near_reason(_with_host(_with_residents(plan, options)))
+            yield chunk
 
 
-def hiding_tokens(geometry: Geometry, options: Options) -> int | None:
-    """The shortest chunk whose attention takes as long as bringing the keys it attends: F / (g B)
-    for F FLOP/s of attention, g query heads per KV head and B bytes/s of the link. None if the
-    machine was not measured.
+def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
+    """Of plans with ever shorter chunks, which leave room for ever more resident heads, the one
+    whose request is predicted to take least; the first where nothing predicts.
 
-    Per key and value 2 (d + e) FLOPs are done for each of g query heads and chunk tokens, and
-    (d + e) bytes times the size of an element are brought.
+    Every plan gets quicker with more memory, and more of them fit: so does the best.
     """
-    rates = options.rates
-    if rates is None or not rates.h2d_bytes_s:
-        return None
-    found = 0.0
-    for layer in geometry.full_layers:
-        per_kv = max(layer.num_query_heads // max(layer.num_kv_heads, 1), 1)
-        flops = rates.attention_flops_of(max(layer.key_dim, layer.value_dim))
-        found = max(found, flops * geometry.itemsize / (2 * per_kv * rates.h2d_bytes_s))
-    return int(found) + 1
-
-
-def _roomy(hiding: int | None) -> int:
-    """A quarter longer than needed, in whole KiTokens: rates vary."""
-    return 0 if hiding is None else -(-hiding * 5 // 4 // 1024) * 1024
-
-
-def _hiding(chunk: int, hiding: int | None) -> str:
-    if hiding is None:
-        return ""
-    if chunk >= hiding:
-        return f"; from {hiding:,} tokens on transfers hide behind attention (measured rates)"
-    return (
-        f"; transfers take longer than its attention, which would hide them from {hiding:,} tokens "
-        "on (measured rates): more gpu_memory makes room for longer chunks"
+    rates, tokens = options.rates, options.expected_tokens
+    if len(fitting) == 1 or rates is None or tokens is None:
+        return fitting[0]
+    seconds = [request_s(plan, rates, prompt_tokens=tokens) for plan in fitting]
+    best = min(range(len(fitting)), key=lambda place: seconds[place])
+    if best == 0:
+        return fitting[0]
+    reason = (
+        f"a chunk of {fitting[0].chunk_tokens:,} tokens would fit, too, but leave room for fewer "
+        f"heads: {seconds[0]:.1f} s instead of {seconds[best]:.1f} s for the prompt and "
+        f"{ANSWER_TOKENS} tokens"
     )
+    return replace(fitting[best], reasons=(*fitting[best].reasons, reason))
 
 
 def _with_near_reason(plan: Plan) -> Plan:
@@ -284,23 +168,25 @@ def _with_near_reason(plan: Plan) -> Plan:
 
 def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int) -> Plan:
     """Everything offloaded: the least memory this chunk size needs."""
-    slot_bytes, num_slots = _slots(options)
-    write_bytes = _write_bytes(geometry, chunk, batch)
+    slot_bytes, num_slots = slots_of(options)
+    write_bytes = write_buffer_bytes(geometry, chunk, batch)
     tails = sum(layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers)
     windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
     parts = {
         "weights": geometry.weight_bytes,
+        "weights on their way": geometry.weights.largest_moved_bytes,
         "activations": activation_bytes(geometry, chunk, batch),
         "staging": num_slots * slot_bytes + 2 * write_bytes,
         "tails": batch * tails,
         "windows": 2 * windows,
+        "states": 2 * batch * sum(layer.state_bytes for layer in geometry.layers),
         "workspace": WORKSPACE_BYTES,
     }
     parts["allocator slack"] = int(parts["activations"] * SLACK_SHARE)
     reasons = [
         (
             f"a chunk of {chunk:,} tokens keeps activations at "
-            f"{format_bytes(parts['activations'])}{_hiding(chunk, hiding_tokens(geometry, options))}"
+            f"{format_bytes(parts['activations'])}{hiding_reason(chunk, hiding_tokens(geometry, options))}"
         ),
         (
             f"staging: {num_slots} slots of {format_bytes(slot_bytes)} and two write-back buffers of "
@@ -316,7 +202,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         slot_bytes=slot_bytes,
         num_slots=num_slots,
         write_bytes=write_bytes,
-        resident_heads=_residents(geometry, 0),
+        resident_heads=residents_of(geometry, 0),
         resident_bytes=None,
         near_share=NEAR_SHARE if options.near_data is None else options.near_data,
         near_adapts=options.near_data is None,
@@ -334,22 +220,22 @@ def _with_residents(plan: Plan, options: Options) -> Plan:
     wanted = options.resident_heads
     most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
     if budget is None:
-        residents = _residents(geometry, most if wanted is None else wanted)
-        size = _resident_bytes(geometry, residents, tokens or 0, plan.batch)
+        residents = residents_of(geometry, most if wanted is None else wanted)
+        size = bytes_of_residents(geometry, residents, tokens or 0, plan.batch)
         return _resident_plan(plan, residents, size)
     if tokens is None:
-        return _optimistic_plan(plan, _residents(geometry, most if wanted is None else wanted))
+        return _optimistic_plan(plan, residents_of(geometry, most if wanted is None else wanted))
     room = budget - plan.gpu_bytes
-    residents, size = _residents(geometry, 0), 0
+    residents, size = residents_of(geometry, 0), 0
     for step in range(1, (most if wanted is None else min(wanted, most)) + 1):
         for index, layer in enumerate(geometry.layers):
             more = list(residents)
-            more[index] = min(step, _offloadable_heads(layer))
-            larger = _resident_bytes(geometry, tuple(more), tokens, plan.batch)
+            more[index] = min(step, offloadable_heads(layer))
+            larger = bytes_of_residents(geometry, tuple(more), tokens, plan.batch)
             if larger > room:
                 if wanted is not None:
-                    whole = _resident_bytes(
-                        geometry, _residents(geometry, wanted), tokens, plan.batch
+                    whole = bytes_of_residents(
+                        geometry, residents_of(geometry, wanted), tokens, plan.batch
                     )
                     raise BudgetTooSmall(
                         f"resident_heads={wanted} needs {format_bytes(whole)} for {tokens:,} "
@@ -406,29 +292,44 @@ def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:
 
 def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
-    tokens, geometry = plan.expected_tokens, plan.geometry
+    tokens = plan.expected_tokens
     if tokens is None:
         return plan
+    size = _host_bytes(plan, tokens)
+    budget = plan.budget.host_bytes
+    if budget is not None and size > budget:
+        raise _host_too_small(plan, tokens, size, budget)
+    return replace(plan, host_bytes=size)
+
+
+def _host_bytes(plan: Plan, tokens: int) -> int:
+    """Host memory of the heads that are not resident, over `tokens` tokens."""
+    geometry = plan.geometry
     spec: FormatSpec = FORMATS[plan.kv_format]
     size = 0
     for index, layer in enumerate(geometry.layers):
-        heads = _offloadable_heads(layer) - plan.resident_heads[index]
+        heads = offloadable_heads(layer) - plan.resident_heads[index]
         stored = tokens // BLOCK_TOKENS * BLOCK_TOKENS if plan.staging else tokens
         per_head = plan.batch * layer.head_bytes(stored, geometry.itemsize)
         if heads and per_head:
             size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
-    budget = plan.budget.host_bytes
-    if budget is not None and size > budget:
-        raise BudgetTooSmall(
-            f"{geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
-            f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
-            f"Raise host_memory to {size} bytes ({format_bytes(size)}), or shorten the context to "
-            f"{int(tokens * budget / size):,} tokens",
-            tier="host",
-            budget_bytes=budget,
-            needed_bytes=size,
-        )
-    return replace(plan, host_bytes=size)
+    return size
+
+
+def _host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetTooSmall:
+    shorter = int(tokens * budget / size)
+    # Rounding to blocks and alignment may be in the way of the last few tokens.
+    while shorter > 0 and _host_bytes(plan, shorter) > budget:
+        shorter -= max(shorter // 100, 1)
+    remedy = f", or shorten the context to {shorter:,} tokens" if shorter else ""
+    return BudgetTooSmall(
+        f"{plan.geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
+        f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
+        f"Raise host_memory to {size} bytes ({format_bytes(size)}){remedy}",
+        tier="host",
+        budget_bytes=budget,
+        needed_bytes=size,
+    )
 
 
 def _gpu_too_small(
@@ -443,39 +344,16 @@ def _gpu_too_small(
         while _streaming_plan(geometry, options, batch, chunk).gpu_bytes > budget:
             chunk = max(chunk * 3 // 4, LEAST_CHUNK_TOKENS)
         remedy = f"Lower chunk_tokens to {chunk:,} or less, or raise gpu_memory to {needed} bytes"
+    elif 0 < geometry.weight_bytes - (least.gpu_bytes - budget) < geometry.weight_bytes:
+        room = geometry.weight_bytes - (least.gpu_bytes - budget)
+        remedy += (
+            f", or load weights that take at most {room} bytes on the GPU ({format_bytes(room)}): "
+            "quantised, or some of them in host memory (device_map='auto')"
+        )
     return BudgetTooSmall(
         f"{geometry.name} does not fit: {parts} = {format_bytes(plan.gpu_bytes)} with "
         f"chunk_tokens={plan.chunk_tokens:,}; the GPU budget is {format_bytes(budget)}. {remedy}.",
         tier="gpu",
         budget_bytes=budget,
         needed_bytes=needed,
-    )
-
-
-def _slots(options: Options) -> tuple[int, int]:
-    return options.tile_bytes or SLOT_BYTES, options.num_slots or NUM_SLOTS
-
-
-def _write_bytes(geometry: Geometry, chunk: int, batch: int) -> int:
-    """One chunk of the widest layer, at most 32 MiB: longer chunks pass in pieces."""
-    widest = max(
-        (layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers),
-        default=0,
-    )
-    blocks = -(-chunk // BLOCK_TOKENS) + 1
-    return max(min(batch * widest * blocks, 32 * MIB), aligned(batch * widest)) + aligned(1)
-
-
-def _offloadable_heads(layer: Any) -> int:
-    return int(layer.num_kv_heads) if layer.kind.value == "full" else 0
-
-
-def _residents(geometry: Geometry, heads: int) -> tuple[int, ...]:
-    return tuple(min(heads, _offloadable_heads(layer)) for layer in geometry.layers)
-
-
-def _resident_bytes(geometry: Geometry, residents: tuple[int, ...], tokens: int, batch: int) -> int:
-    return sum(
-        batch * heads * layer.head_bytes(tokens, geometry.itemsize)
-        for heads, layer in zip(residents, geometry.layers, strict=True)
     )

@@ -3,10 +3,13 @@
 
 Events are plain records handed to an `Observer`. `PrefillClock` turns them into a remaining time:
 attention makes the time per token grow with the tokens already read, so a linear bar would lie.
+The prediction comes from the cost model where the machine was measured; what the chunks really
+took corrects it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,34 +44,66 @@ class Observer(Protocol):
     def on_event(self, event: Event) -> None: ...
 
 
+ChunkCost = Callable[[int, int], tuple[float, float]]
+"""Predicted seconds of a chunk, from tokens before it and tokens in it: what it takes at the start
+of a prompt, and what the tokens before it add. `headinfer.cost.chunk_cost` makes one."""
+
+TOGETHER = 0.25
+"""How far a prediction may be off as a whole: a busy or throttled machine."""
+BASE_APART, GROWTH_APART = 0.3, 0.12
+"""How far each part may be off by itself: growth is one kernel, base everything else there is."""
+NOISE = 0.03
+"""Of a chunk's seconds, what comes and goes."""
+FIRST_NOISE = 0.5
+"""... of the first one, in which memory is allocated and kernels are loaded."""
+FADING = 0.9
+"""Weight of a chunk for every one after it: machines get warm, others come and go."""
+
+
+def tokens_squared(past_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """A prefill of which nothing is known: linear, and growing with the keys each query sees."""
+    return float(new_tokens), new_tokens * (past_tokens + new_tokens / 2)
+
+
 @dataclass(slots=True)
 class PrefillClock:
-    """Remaining time of a prefill from the chunks seen so far.
+    """Remaining time of a prefill: predicted, and corrected by every chunk that was computed.
 
-    The model: a chunk of n tokens after p tokens takes `a * n + b * n * (p + n / 2)` seconds,
-    projections and MLP linear, attention proportional to the keys each query sees. `a` and `b`
-    are fitted by least squares over the observed chunks, both kept at 0 or above.
+    A chunk is predicted to take `base + growth` seconds; it is found to take `a * base +
+    b * growth`. `a` and `b` start at 1 and move as the chunks say, weighed against how far
+    predictions are off in general (Bayesian linear regression with a correlated Gaussian prior).
+    Early on, when chunks differ little, the prior tells the two apart; later
+    each finds its own value, and older chunks fade.
 
     Attributes:
         total_tokens: prompt length.
+        cost: predicts a chunk; without one both factors come from least squares alone, and none
+            of them below 0.
+        measured: `cost` is in seconds of this machine; otherwise only its shape is used.
+        chunk_tokens: tokens per chunk still to come; 0 takes those of the last one.
     """
 
     total_tokens: int
+    cost: ChunkCost | None = None
+    measured: bool = False
+    chunk_tokens: int = 0
     _done: int = 0
+    _begun: int = 0
     _seconds: float = 0.0
     _rows: list[tuple[float, float, float]] = field(default_factory=list)
 
     def resume(self, done_tokens: int) -> None:
         """The first `done_tokens` were there already and took no time."""
-        self._done = done_tokens
+        self._done = self._begun = done_tokens
 
     def observe(self, done_tokens: int, seconds: float) -> None:
         """Record that `done_tokens` in all were finished `seconds` after the start."""
         new = done_tokens - self._done
         if new <= 0:
             return
-        work = new * (self._done + new / 2)
-        self._rows.append((float(new), float(work), max(seconds - self._seconds, 0.0)))
+        base, growth = self._cost(self._done, new)
+        self._rows.append((base, growth, max(seconds - self._seconds, 0.0)))
+        self.chunk_tokens = max(self.chunk_tokens, new)
         self._done, self._seconds = done_tokens, seconds
 
     @property
@@ -76,12 +111,18 @@ class PrefillClock:
         return self._done
 
     def eta_s(self) -> float | None:
-        """Seconds still to go; None before the first observation."""
-        if not self._rows:
+        """Seconds still to go; None before the first chunk of a machine that was not measured."""
+        left = self.total_tokens - self._done
+        if left <= 0:
+            return 0.0
+        if not self._rows and not (self.measured and self.chunk_tokens):
             return None
-        left = max(self.total_tokens - self._done, 0)
-        linear, quadratic = self._fit()
-        return linear * left + quadratic * left * (self._done + left / 2)
+        base_factor, growth_factor = self._factors()
+        base = growth = 0.0
+        for past in range(self._done, self.total_tokens, self.chunk_tokens):
+            parts = self._cost(past, min(self.chunk_tokens, self.total_tokens - past))
+            base, growth = base + parts[0], growth + parts[1]
+        return base_factor * base + growth_factor * growth
 
     def fraction(self) -> float:
         """Share of the predicted time that has passed, between 0 and 1."""
@@ -91,7 +132,50 @@ class PrefillClock:
         whole = self._seconds + eta
         return 1.0 if whole <= 0 else min(self._seconds / whole, 1.0)
 
-    def _fit(self) -> tuple[float, float]:
+    @property
+    def _cost(self) -> ChunkCost:
+        return self.cost or tokens_squared
+
+    def _factors(self) -> tuple[float, float]:
+        """What predictions are multiplied by: the posterior mean of (a, b)."""
+        if self.cost is None:
+            return self._least_squares()
+        scale = 1.0 if self.measured else self._scale()
+        if scale <= 0:
+            return 0.0, 0.0
+        # The inverse of the prior's covariance [[t + u, t], [t, t + w]].
+        t, u, w = TOGETHER**2, BASE_APART**2, GROWTH_APART**2
+        det = (t + u) * (t + w) - t * t
+        aa, ab, bb = (t + w) / det, -t / det, (t + u) / det
+        pull_a, pull_b = aa + ab, ab + bb
+        for age, (base, growth, seconds) in enumerate(reversed(self._rows)):
+            first = age == len(self._rows) - 1 and age > 0 and self._begun == 0
+            noise = FIRST_NOISE if first else NOISE
+            base, growth, seconds = base * scale, growth * scale, max(seconds, 1e-9)
+            weight = FADING**age / (noise * max(seconds, base + growth)) ** 2
+            aa, ab, bb = (
+                aa + weight * base * base,
+                ab + weight * base * growth,
+                bb + weight * growth * growth,
+            )
+            pull_a += weight * base * seconds
+            pull_b += weight * growth * seconds
+        det = aa * bb - ab * ab
+        a = (pull_a * bb - pull_b * ab) / det
+        b = (pull_b * aa - pull_a * ab) / det
+        if a < 0:
+            a, b = 0.0, max(pull_b / bb, 0.0)
+        elif b < 0:
+            a, b = max(pull_a / aa, 0.0), 0.0
+        return a * scale, b * scale
+
+    def _scale(self) -> float:
+        """Seconds per unit of a prediction that is a shape only; later chunks say it better."""
+        rows = self._rows[1:] or self._rows
+        predicted = sum(base + growth for base, growth, _ in rows)
+        return sum(seconds for _, _, seconds in rows) / max(predicted, 1e-12)
+
+    def _least_squares(self) -> tuple[float, float]:
         nn = sum(n * n for n, _, _ in self._rows)
         nw = sum(n * w for n, w, _ in self._rows)
         ww = sum(w * w for _, w, _ in self._rows)
@@ -106,3 +190,22 @@ class PrefillClock:
             if linear < 0:
                 return 0.0, max(ws / ww, 0.0)
         return ns / nn, 0.0
+
+
+def eta_errors(
+    clock: PrefillClock, chunk_seconds: Sequence[float], chunk_tokens: int
+) -> list[tuple[float, float]]:
+    """After each chunk but the last: the share of the tokens that was read, and how far the
+    remaining time that `clock` named was off, as a share of the true one.
+
+    `clock` is new, and `chunk_seconds` are what the chunks of its prompt took.
+    """
+    whole, passed = sum(chunk_seconds), 0.0
+    found = []
+    for index, seconds in enumerate(chunk_seconds[:-1]):
+        passed += seconds
+        done = (index + 1) * chunk_tokens
+        clock.observe(done, passed)
+        left = whole - passed
+        found.append((done / clock.total_tokens, (clock.eta_s() or 0.0) / left - 1))
+    return found

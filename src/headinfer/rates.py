@@ -8,10 +8,26 @@ of `headinfer.hf.probe`; nothing here knows how.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 VERSION = 1
+BLOCK_ROWS = 2048
+PAGEABLE_BYTES_S = 6e9
+"""Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
+gave this."""
+
+HIGHER_IS_BETTER = (
+    "block_flops",
+    "weight_bytes_s",
+    "resident_bytes_s",
+    "h2d_bytes_s",
+    "d2h_bytes_s",
+    "near_bytes_s",
+    "host_read_bytes_s",
+    "pageable_bytes_s",
+)
+LOWER_IS_BETTER = ("layer_s", "token_s", "pin_s_per_gib")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +50,8 @@ class Rates:
             CPU, where that is `resident_bytes_s`.
         host_read_bytes_s: host memory read by all threads.
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
+        pageable_bytes_s: host to device from memory that is not page-locked.
+        block_rows: tokens at once that `block_flops` was measured with.
         seconds: how long measuring took.
     """
 
@@ -50,12 +68,29 @@ class Rates:
     near_bytes_s: float | None = None
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
+    pageable_bytes_s: float = PAGEABLE_BYTES_S
+    block_rows: int = BLOCK_ROWS
     seconds: float = 0.0
     version: int = field(default=VERSION)
 
     def attention_flops_of(self, dim: int) -> float:
         """The rate at the nearest head dim measured."""
         return self.attention_flops[min(self.attention_flops, key=lambda known: abs(known - dim))]
+
+    def best_of(self, other: Rates) -> Rates:
+        """The higher of both rates and the shorter of both times, one by one: whatever else a
+        machine does only ever makes it slower."""
+        mine, theirs = asdict(self), asdict(other)
+        found: dict[str, Any] = {"seconds": self.seconds + other.seconds}
+        for name in HIGHER_IS_BETTER + LOWER_IS_BETTER:
+            both = [value for value in (mine[name], theirs[name]) if value is not None]
+            if both:
+                found[name] = max(both) if name in HIGHER_IS_BETTER else min(both)
+        dims = self.attention_flops.keys() & other.attention_flops.keys()
+        found["attention_flops"] = {
+            dim: max(self.attention_flops[dim], other.attention_flops[dim]) for dim in sorted(dims)
+        }
+        return replace(self, **found)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -83,6 +83,14 @@ def synthetic() -> Results:
                 rows.append(row(case, name, context, metric, 0.3 - 0.001 * place))
     for context in (32 * KIB, 64 * KIB):
         rows.append(row("decode-8b", "mixed", context, "token", 0.1, held={"gpu_peak_bytes": KV}))
+    said = {"gpu_peak_bytes": 1.05 * KV, "seconds": 9.5, "eta_error": -0.08}
+    held = {"gpu_peak_bytes": KV}
+    for case, metric in (("predict-8b-24", "prefill"), ("predict-8b-20", "token"),
+                         ("predict-smollm2", "token")):  # fmt: skip
+        rows.append(row(case, "planned", LONG, metric, 10.0, predicted=said, held=held))
+    for name, prefill in (("planned", 5.1), ("grid-8192-most-50", 5.0), ("grid-2048-none-0", 9.0)):
+        for metric, value in (("prefill", prefill), ("token", 0.06)):
+            rows.append(row("plan-grid-8b", name, 32 * KIB, metric, value))
     rows.append(Row("decode-8b", "resident", LONG, status=OUT_OF_MEMORY, note="no room"))
     machine = {"gpu": "NVIDIA H100", "cpu": "Some CPU", "cpu_threads": 16}
     versions = {"headinfer": "0.1.0", "python": "3.12", "torch": "2.11.0", "transformers": "5.17"}
@@ -97,6 +105,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
     monkeypatch.setattr("headinfer.bench.program.verify", lambda devices, say: [CHECKED])
     rates = [row("rates", "machine", 0, "host read", 10.0, unit="GB/s")]
     monkeypatch.setattr("headinfer.bench.program.rate_rows", lambda case, **how: iter(rates))
+    monkeypatch.setattr("headinfer.bench.program.rates_for", lambda device, dtype: None)
     monkeypatch.setattr("headinfer.bench.program.clean", lambda device: None)  # a second a run
 
     def run(say=lambda line: None, **how) -> Results:

@@ -9,6 +9,7 @@ from headinfer.bench.cases import (
     CASES,
     CONTESTANTS,
     CPU_DEFAULT,
+    KNOWN,
     Mode,
     chosen_cases,
     format_tokens,
@@ -26,8 +27,9 @@ def test_a_case_names_a_shape_and_contestants_that_exist() -> None:
     for name, case in CASES.items():
         assert case.name == name
         assert not case.shape or case.shape in SHAPES
-        assert set(case.contestants) <= set(CONTESTANTS)
-        assert bool(case.contestants) == (case.mode in (Mode.GENERATE, Mode.DECODE, Mode.ATTENTION))
+        assert set(case.contestants) <= set(KNOWN)
+        alone = (Mode.RATES, Mode.PINNING, Mode.KERNELS)
+        assert bool(case.contestants) == (case.mode not in alone)
         assert str(case)
     assert set(STYLES) == set(CONTESTANTS)
     assert len({bound.what for bound in BOUNDS}) == len(BOUNDS)

@@ -42,6 +42,10 @@ def test_a_file_with_all_rows_holds_every_bound(synthetic: Results) -> None:
         ("own CPU kernel", ("cpu-attention", "native", "attention", 0.03)),
         ("SmolLM2", ("smollm2-cpu", "planned", "token", 0.31)),
         ("page-locking", ("pinning", "headinfer arena", "again", 0.2)),
+        ("predicted time of a prefill", ("predict-8b-24", "planned", "prefill", 12.0)),
+        ("predicted time of a decoded", ("predict-8b-20", "planned", "token", 7.0)),
+        ("predicted times on a CPU", ("predict-smollm2", "planned", "token", 13.0)),
+        ("plan without arguments", ("plan-grid-8b", "planned", "prefill", 6.0)),
     ],
 )
 def test_a_worse_figure_misses_its_bound(synthetic: Results, what: str, change) -> None:

@@ -47,8 +47,8 @@ Program = Any
         (("run", "{tiny_raw}", "--prompt", "hi", "--chat"), 1, "no chat template; use --raw"),
         (("run", "{tiny}", "--prompt", "hi", "--temperature", "0.5"), 1, "--do-sample"),
         (("run", "{tiny}", "--prompt", "hi", "--device", "abacus"), 1, "not a device"),
-        (("run", "{tiny}", "--prompt", "hi", "--host-memory", "1KiB"), 1, "Raise host_memory to"),
-        (("plan", "{tiny}", "--tokens", "9", "--gpu-memory", "1MiB"), 1, "Raise gpu_memory to"),
+        (("run", "{tiny}", "--prompt", "hi", "--host-memory", "1KiB"), 1, "Raise --host-memory to"),
+        (("plan", "{tiny}", "--tokens", "9", "--gpu-memory", "1MiB"), 1, "Raise --gpu-memory to"),
         (("doctor", "/no/such/folder"), 1, "no folder or file"),
     ],
 )
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(
 def test_the_budget_named_in_the_refusal_works(headinfer: Program, tiny: str) -> None:
     asked = ("run", tiny, "--prompt", "hello", "--max-new-tokens", "2", "--json")
     refused = headinfer(*asked, "--host-memory", "1KiB").error
-    least = refused.split("Raise host_memory to ")[1].split(" bytes")[0]
+    least = refused.split("Raise --host-memory to ")[1].split(" bytes")[0]
     assert headinfer(*asked, "--host-memory", least).status == 0
     assert headinfer(*asked, "--host-memory", str(int(least) - 1)).status == 1
 

@@ -43,6 +43,24 @@ def test_the_remaining_time_grows_with_attention() -> None:
     assert eta == pytest.approx(4000 + 4000**2 / 1000 - (2000 + 2000**2 / 1000))
 
 
+def test_an_expected_time_is_there_before_the_first_chunk_and_follows_what_comes() -> None:
+    def cost(past: int, new: int) -> tuple[float, float]:
+        return new / 100, new * past / 1e5
+
+    bar = console.PrefillBar(4000)
+    assert bar._progress.tasks[0].fields["eta"] is None
+    bar.expect(cost, measured=True, chunk_tokens=1000)
+    whole = sum(sum(cost(past, 1000)) for past in range(0, 4000, 1000))
+    assert bar._progress.tasks[0].fields["eta"] == pytest.approx(whole)
+    bar.resume(2000)
+    assert bar._progress.tasks[0].fields["eta"] < whole
+    shape = console.PrefillBar(4000)
+    shape.expect(cost, measured=False, chunk_tokens=1000)
+    assert shape._progress.tasks[0].fields["eta"] is None
+    shape._clock.observe(1000, 5.0)
+    assert shape._clock.eta_s() == pytest.approx(0.5 * (whole - 10))
+
+
 def test_preparation_steps_are_shown(screen: io.StringIO) -> None:
     from headinfer.hf.demo_model import Step
 

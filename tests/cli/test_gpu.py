@@ -36,7 +36,7 @@ def test_the_least_gpu_budget_named_works_and_is_kept(headinfer: Program, tiny: 
     asked = ("run", tiny, "--prompt", "x" * 1500, "--max-new-tokens", "4", "--device", "cuda")
     refused = headinfer(*asked, "--gpu-memory", "1MiB")
     assert refused.status == 1, refused.err
-    least = refused.error.split("Raise gpu_memory to ")[1].split(" bytes")[0]
+    least = refused.error.split("Raise --gpu-memory to ")[1].split(" bytes")[0]
     result = headinfer(*asked, "--gpu-memory", least, "--json")
     assert result.status == 0, result.err
     told = json.loads(result.out)

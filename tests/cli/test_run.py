@@ -154,7 +154,7 @@ def test_what_was_predicted_is_shown_beside_what_was_measured(
 
     monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path))
     asked = ("run", tiny, "--prompt", "hello", "--max-new-tokens", "3")
-    assert "predicted" not in headinfer(*asked).err
+    assert "first token: predicted" not in headinfer(*asked).err
     assert json.loads(headinfer(*asked, "--json").out)["predicted"] is None
     rates = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
     monkeypatch.setattr(probe, "measure", lambda device, dtype: rates)

@@ -192,3 +192,14 @@ def test_it_logs_nothing_above_info_for_a_sound_model(build: Any, caplog: Any) -
     with caplog.at_level(logging.WARNING, "headinfer"):
         headinfer.doctor(build("llama"))
     assert not [record for record in caplog.records if record.name.startswith("headinfer")]
+
+
+def test_the_report_names_the_limit_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headinfer.hf import geometry
+    from headinfer.surroundings import HostMemory
+
+    found = HostMemory(8 * 2**30, 3 * 2**30, container=True)
+    monkeypatch.setattr(geometry, "host_memory", lambda: found)
+    assert "host memory 8.00 GiB, 3.00 GiB available (a container's limit)" in str(
+        headinfer.doctor()
+    )

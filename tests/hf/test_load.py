@@ -69,11 +69,11 @@ def test_loading_prints_nothing(gguf_file: Path, capfd: pytest.CaptureFixture[st
 
 def test_the_shape_needs_no_weights(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
-    config, weight_bytes = load_shape(str(tmp_path))
+    config, weight_bytes, _ = load_shape(str(tmp_path))
     model, _ = load_model(str(folder), device="cpu")
     assert weight_bytes == sum(weight.numel() * 4 for weight in model.parameters())
     assert config.num_hidden_layers == 2
-    half, half_bytes = load_shape(str(tmp_path), "bfloat16")
+    half, half_bytes, _ = load_shape(str(tmp_path), "bfloat16")
     assert (half.dtype, half_bytes) == (torch.bfloat16, weight_bytes // 2)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import headinfer
 from headinfer.errors import InputError
@@ -112,3 +112,60 @@ def test_a_pass_longer_than_the_chunk_is_warned_of_once(
     (record,) = caplog.records
     assert "of 86 tokens, where the plan has chunks of 64" in record.getMessage()
     assert "headinfer.prefill" in record.getMessage()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_cache_is_planned_with_the_chunk_that_is_read(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is resident has to fit beside the forward passes that come, of all sequences."""
+    from dataclasses import replace
+
+    from headinfer.hf import attach as attaching
+    from headinfer.hf import backing
+    from headinfer.plan import make_plan
+    from headinfer.progress import Event, ForwardStarted
+
+    asked: list[tuple[int | None, int]] = []
+
+    def halves_with_every_call(geometry, options, *, device, batch=1):
+        """A machine whose free memory shrinks between two looks at it."""
+        asked.append((options.expected_tokens, batch))
+        plan = make_plan(geometry, options, device=device, batch=batch)
+        return replace(plan, chunk_tokens=options.chunk_tokens or 64 >> len(asked))
+
+    monkeypatch.setattr(attaching, "make_plan", halves_with_every_call)
+    monkeypatch.setattr(backing, "make_plan", halves_with_every_call)
+    seen: list[int] = []
+
+    class Watching:
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, ForwardStarted):
+                seen.append(event.new_tokens)
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=60,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(1, 41)[None].repeat(2, 1)
+    more = {"expected_tokens": 43} if known else {}
+    with headinfer.attach(model, observer=Watching(), **more) as run:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=3,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert run.plan is not None
+        read = max(seen)
+        assert read < 40
+        assert run.plan.chunk_tokens == read
+        assert run.plan.batch == 2
+        assert (43, 2) in asked or not known

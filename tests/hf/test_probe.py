@@ -19,6 +19,7 @@ from headinfer.hf.remembered import known_rates
 from headinfer.rates import Rates
 
 CPU = torch.device("cpu")
+SOME = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def test_rates_that_cannot_be_kept_are_still_given(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(probe, "measure", lambda device, dtype: "measured")
-    assert rates_for(CPU, torch.float32) == "measured"
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: SOME)
+    assert rates_for(CPU, torch.float32) == SOME
     assert "cannot be kept" in caplog.text
 
 
@@ -79,8 +80,15 @@ def test_a_forecast_has_a_line_per_context_and_refusals_are_lines_too(cache: Pat
     assert found.rates is not None
     assert "estimated" in found.rates.machine
     json.dumps(found.as_dict())
-    with pytest.raises(BudgetTooSmall, match="host budget is"):
-        forecast(shape(), lengths, gpu="RTX 4090", ram="64KiB", gpu_memory="450MiB")
+    short = forecast(shape(), lengths, gpu="RTX 4090", ram="64KiB", gpu_memory="450MiB")
+    assert "host budget is" in str(short.refusal)
+    assert short.outlooks[-1].plan is None
+    fitting = [outlook.plan for outlook in short.outlooks if outlook.plan is not None]
+    assert short.plan is fitting[-1]
+    assert short.longest_tokens is not None
+    assert fitting[-1].expected_tokens <= short.longest_tokens < 100_010
+    with pytest.raises(BudgetTooSmall, match="GPU budget is"):
+        forecast(shape(), lengths, gpu="RTX 4090", ram="64GiB", gpu_memory="45MiB")
     with pytest.raises(InputError, match="called 'Voodoo 2'"):
         forecast(shape(), lengths, gpu="Voodoo 2")
 
@@ -93,10 +101,9 @@ def test_a_machine_that_was_not_measured_gives_memory_without_times(cache: Path)
 
 
 def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) -> None:
-    rates = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
-    monkeypatch.setattr(probe, "measure", lambda device, dtype: rates)
+    monkeypatch.setattr(probe, "measure", lambda device, dtype: SOME)
     rates_for(CPU, torch.float32)
     found = forecast(shape(), [4096], device="cpu")
-    assert found.rates == rates
+    assert found.rates == SOME
     assert found.outlooks[0].prediction is not None
     assert found.outlooks[0].prediction.decode_s > 4 * 1e-4

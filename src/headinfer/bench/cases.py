@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from headinfer.bench.grid import GRID, ON_CPU, ON_GPU
 from headinfer.errors import InputError
 
 KIB = 1024
@@ -26,6 +27,7 @@ class Mode(enum.StrEnum):
     GENERATE = "generate"
     DECODE = "decode"
     ATTENTION = "attention"
+    LAST_CHUNK = "last chunk"
 
 
 MODES = {
@@ -35,6 +37,7 @@ MODES = {
     Mode.GENERATE: "read a prompt in chunks, then the first token, then further ones",
     Mode.DECODE: "tokens after a simulated context",
     Mode.ATTENTION: "attention inside one chunk after a simulated context",
+    Mode.LAST_CHUNK: "the last chunk of a prompt whose beginning is simulated, then tokens",
 }
 
 
@@ -72,6 +75,10 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("all-resident", "headinfer, all resident", True, 0.0),
     )
 }
+BY_HAND: dict[str, Contestant] = {
+    name: Contestant(name, manual.label, True, 1.02) for name, manual in GRID.items()
+}
+KNOWN = CONTESTANTS | BY_HAND
 EVERYBODY = tuple(CONTESTANTS)
 PREFILLING = ("resident", "offloaded", "schedule", "streaming", "planned")
 """Near-data attention is for decode: in a prefill it would be streaming again."""
@@ -88,7 +95,7 @@ class Case:
         shape: name of a `Shape`; empty where no model is needed.
         dtype: of weights, keys and values.
         contexts: lengths in tokens.
-        contestants: names of `CONTESTANTS`; empty where the mode finds its own.
+        contestants: names of `KNOWN`; empty where the mode finds its own.
         cap: GPU memory the process may use, None for all there is.
         chunk_tokens: tokens per forward pass for those who do not plan; and of mode attention.
         repeats: how often a prefill, a chunk or a kernel is timed.
@@ -165,6 +172,73 @@ CASES: dict[str, Case] = {
             contestants=EVERYBODY,
             cap="24GiB",
             steps=10,
+        ),
+        replace(
+            _8B,
+            name="predict-8b-24",
+            contexts=_lengths(8, 64, 128, 256),
+            contestants=("planned",),
+            cap="24GiB",
+            steps=12,
+            default=False,
+        ),
+        *(
+            replace(
+                _8B,
+                name=f"predict-8b-{cap}",
+                contexts=_lengths(8, 64),
+                contestants=("planned",),
+                cap=f"{cap}GiB",
+                steps=12,
+                default=False,
+            )
+            for cap in (20, 40)
+        ),
+        *(
+            replace(
+                _8B,
+                name=f"predict-8b-{cap}-end",
+                mode=Mode.LAST_CHUNK,
+                contexts=_lengths(256),
+                contestants=("planned",),
+                cap=f"{cap}GiB",
+                steps=12,
+                default=False,
+            )
+            for cap in (20, 40)
+        ),
+        replace(
+            _8B,
+            name="plan-grid-8b",
+            contexts=_lengths(64),
+            contestants=("planned", *(manual.name for manual in ON_GPU)),
+            cap="24GiB",
+            steps=12,
+            default=False,
+        ),
+        Case(
+            "predict-smollm2",
+            Mode.GENERATE,
+            "cpu",
+            "SmolLM2-135M",
+            "float32",
+            contexts=_lengths(1, 2, 4),
+            contestants=("planned",),
+            repeats=2,
+            steps=24,
+            default=False,
+        ),
+        Case(
+            "plan-grid-smollm2",
+            Mode.GENERATE,
+            "cpu",
+            "SmolLM2-135M",
+            "float32",
+            contexts=_lengths(2),
+            contestants=("planned", *(manual.name for manual in ON_CPU)),
+            repeats=2,
+            steps=16,
+            default=False,
         ),
         Case(
             "smollm2-cpu",
@@ -280,7 +354,7 @@ def narrowed(case: Case, *, contestants: Sequence[str], contexts: Sequence[int])
     Raises:
         InputError: a pattern that is no contestant's name.
     """
-    names = _matching(contestants, CONTESTANTS, "contestant") if contestants else EVERYBODY
+    names = _matching(contestants, KNOWN, "contestant") if contestants else tuple(KNOWN)
     kept = tuple(name for name in case.contestants if name in names)
     lengths = tuple(contexts) if contexts and case.contexts != (0,) else case.contexts
     return replace(case, contestants=kept, contexts=lengths)

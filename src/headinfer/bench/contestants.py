@@ -21,8 +21,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
 from headinfer.bench import baseline
+from headinfer.bench.grid import GRID, options_of
 from headinfer.bench.shapes import Shape
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
+from headinfer.plan import Plan
+from headinfer.rates import Rates
 
 
 class NotAvailable(Exception):
@@ -41,6 +44,7 @@ class Ground:
         chunk_tokens: for those who do not plan.
         cap: GPU memory allowed, as text.
         extra: options for headinfer on top, for checks that want small tiles.
+        rates: what predictions are made from; None for none.
     """
 
     model: PreTrainedModel
@@ -50,6 +54,7 @@ class Ground:
     chunk_tokens: int
     cap: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    rates: Rates | None = None
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +83,11 @@ class Entry:
     def plan(self) -> dict[str, Any]:
         """What was decided, as plain values; empty where nobody plans."""
         return {}
+
+    @property
+    def decided(self) -> Plan | None:
+        """The plan itself; None where nobody plans."""
+        return None
 
     def renew(self) -> None:
         """An empty cache takes the place of the old one, whose memory is free."""
@@ -123,6 +133,10 @@ class OwnEntry(Entry):
         self._run = run
         if run.plan is not None:
             self.chunk_tokens = run.plan.chunk_tokens
+
+    @property
+    def decided(self) -> Plan | None:
+        return self._run.plan
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -193,6 +207,10 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         options["gpu_memory"] = ground.cap
     if name == "planned":
         return options
+    if name in GRID:
+        if GRID[name].device != ground.device.type:
+            raise NotAvailable(f"these settings are for {GRID[name].device}")
+        return options_of(GRID[name], ground.model, options)
     if name == "unrecorded":
         if ground.device.type == "cpu":
             raise NotAvailable("on a CPU no step is recorded")

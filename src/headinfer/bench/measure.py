@@ -21,7 +21,9 @@ from headinfer.bench.contestants import Entry, Ground, enter, pinned_bytes
 from headinfer.bench.machine import settle
 from headinfer.bench.rates import filled
 from headinfer.bench.results import Results, Row
+from headinfer.cost import chunk_cost, chunk_time, decode_time, predict
 from headinfer.hf.peak import PeakMemory
+from headinfer.progress import PrefillClock, eta_errors
 
 WARM_STEPS = 12
 """Tokens decoded after a simulated context before the clock runs: the first ones fill the ring."""
@@ -37,6 +39,8 @@ class Figure:
         values: seconds, in order.
         moved: bytes per path, per value.
         linear_flops, attention_flops: of the work behind one value.
+        predicted: "seconds" of one value, and "eta_error" of a prefill.
+        settings: what else there is to record.
     """
 
     metric: str
@@ -44,6 +48,8 @@ class Figure:
     moved: dict[str, float] = field(default_factory=dict)
     linear_flops: int = 0
     attention_flops: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -57,7 +63,12 @@ def run(
         OutOfTime: the deadline came first.
         torch.OutOfMemoryError: it did not fit.
     """
-    work = {Mode.GENERATE: _generate, Mode.DECODE: _decode, Mode.ATTENTION: _attention}[case.mode]
+    work = {
+        Mode.GENERATE: _generate,
+        Mode.DECODE: _decode,
+        Mode.ATTENTION: _attention,
+        Mode.LAST_CHUNK: _last_chunk,
+    }[case.mode]
     peak, before = PeakMemory(ground.device), psutil.Process().memory_info().rss
     with peak, enter(contestant, ground) as entry:
         figures = work(case, context, entry, deadline)
@@ -94,6 +105,7 @@ def _generate(case: Case, context: int, entry: Entry, deadline: Deadline) -> lis
     ground, shape = entry.ground, entry.ground.shape
     prompt = _prompt(ground, context)
     prefills, lasts, firsts, steady = [], [], [], []
+    spans: list[float] = []
     moved_reading: dict[str, float] = {}
     moved_decoding: dict[str, float] = {}
     for turn in range(case.repeats):
@@ -104,6 +116,7 @@ def _generate(case: Case, context: int, entry: Entry, deadline: Deadline) -> lis
         chunks = _read(entry, prompt, deadline)
         prefills.append(time.perf_counter() - start)
         lasts.append(chunks[-1])
+        spans = spans or chunks
         moved_reading = _difference(before, entry.counted())
         steps, moved_decoding = _steps(entry, case.steps + 1, deadline)
         firsts.append(steps[0])
@@ -117,6 +130,8 @@ def _generate(case: Case, context: int, entry: Entry, deadline: Deadline) -> lis
             moved_reading,
             shape.linear_flops(context, logits=whole),
             shape.attention_flops(context),
+            _prefill_predicted(entry, context, spans),
+            {"chunk_seconds": [round(span, 6) for span in spans]},
         ),
         Figure(
             "last chunk",
@@ -124,6 +139,7 @@ def _generate(case: Case, context: int, entry: Entry, deadline: Deadline) -> lis
             {},
             shape.linear_flops(last),
             shape.attention_flops(last, past=context - last),
+            _chunk_predicted(entry, context - last, last),
         ),
         Figure("first token", firsts),
         _token_figure(entry, context, steady, moved_decoding),
@@ -165,6 +181,49 @@ def _attention(case: Case, context: int, entry: Entry, deadline: Deadline) -> li
         Figure("attention", inside, moved, 0, flops),
         Figure("chunk", whole, moved, ground.shape.linear_flops(new), flops),
     ]
+
+
+def _last_chunk(case: Case, context: int, entry: Entry, deadline: Deadline) -> list[Figure]:
+    """The peak of a prefill is that of its last chunk, so the beginning need not be computed."""
+    shape, new = entry.ground.shape, min(entry.chunk_tokens, context - 1)
+    entry.fill(context - new)
+    before = entry.counted()
+    chunks = _read(entry, _prompt(entry.ground, new), deadline)
+    moved = _difference(before, entry.counted())
+    _steps(entry, WARM_STEPS, deadline)
+    steps, moved_decoding = _steps(entry, case.steps, deadline)
+    flops = shape.linear_flops(new), shape.attention_flops(new, past=context - new)
+    said = _chunk_predicted(entry, context - new, new)
+    return [
+        Figure("chunk", [sum(chunks)], moved, *flops, said),
+        _token_figure(entry, context, steps, moved_decoding),
+    ]
+
+
+def _prefill_predicted(entry: Entry, context: int, spans: list[float]) -> dict[str, float]:
+    """Seconds of the whole prompt, and how far the remaining time at a tenth of it was off."""
+    plan, rates = entry.decided, entry.ground.rates
+    if plan is None or rates is None:
+        return {}
+    found = {"seconds": predict(plan, rates, prompt_tokens=context).prefill_s}
+    chunk = entry.chunk_tokens
+    clock = PrefillClock(context, chunk_cost(plan, rates), measured=True, chunk_tokens=chunk)
+    late = [error for share, error in eta_errors(clock, spans, chunk) if share >= 0.1]
+    return {**found, "eta_error": late[0]} if late else found
+
+
+def _chunk_predicted(entry: Entry, past: int, new: int) -> dict[str, float]:
+    plan, rates = entry.decided, entry.ground.rates
+    if plan is None or rates is None:
+        return {}
+    return {"seconds": chunk_time(plan, rates, past=past, new=new).seconds}
+
+
+def _token_predicted(entry: Entry, context: int) -> dict[str, float]:
+    plan, rates = entry.decided, entry.ground.rates
+    if plan is None or rates is None:
+        return {}
+    return {"seconds": decode_time(plan, rates, length=context).seconds}
 
 
 def _read(entry: Entry, prompt: Tensor, deadline: Deadline) -> list[float]:
@@ -212,7 +271,12 @@ def _token_figure(
     elif entry.counts:
         moved["gpu"] = float(weights + keys) - moved.get("host", 0.0)
     return Figure(
-        "token", steps, moved, shape.linear_flops(1), shape.attention_flops(1, past=context)
+        "token",
+        steps,
+        moved,
+        shape.linear_flops(1),
+        shape.attention_flops(1, past=context),
+        _token_predicted(entry, context),
     )
 
 
@@ -241,6 +305,8 @@ def _row(row: Row, figure: Figure, ground: Ground, results: Results) -> Row:
             moved_bytes={path: round(moved, 1) for path, moved in figure.moved.items()},
             bytes_floor_s=max(floors) if known else None,
             flops_floor_s=arithmetic or None,
+            predicted={**row.predicted, **figure.predicted},
+            settings=row.settings | figure.settings,
         ),
         figure.values,
     )
@@ -276,7 +342,7 @@ def _predicted(entry: Entry) -> dict[str, float | None]:
     return {
         "gpu_peak_bytes": plan["predicted_gpu_bytes"] or None,
         "host_bytes": plan["predicted_host_bytes"],
-        "seconds": plan.get("predicted_seconds"),
+        "seconds": None,
     }
 
 

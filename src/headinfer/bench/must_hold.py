@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from headinfer.bench.cases import KIB
 from headinfer.bench.findings import (
@@ -26,6 +27,7 @@ from headinfer.bench.findings import (
     streaming_rate,
     time,
 )
+from headinfer.bench.foretold import eta_at_a_tenth, plan_against_grid, worst_peak, worst_time
 from headinfer.bench.results import Results
 
 HOLDS, MISSES, UNKNOWN = "holds", "misses", "not measured"
@@ -225,6 +227,63 @@ BOUNDS: tuple[Bound, ...] = (
         ">= 4x faster",
         "0.7 s/GiB",
         pinning,
+        True,
+    ),
+    Bound(
+        "predicted peak of GPU memory: measured does not exceed it",
+        1.0,
+        False,
+        "<= 100 %",
+        "nobody predicts",
+        partial(worst_peak, above=True),
+    ),
+    Bound(
+        "... and comes within a tenth of it",
+        0.9,
+        True,
+        ">= 90 %",
+        "",
+        partial(worst_peak, above=False),
+    ),
+    Bound(
+        "predicted time of a prefill, 8B shape",
+        0.15,
+        False,
+        "within 15 %",
+        "",
+        worst_time(("prefill", "chunk"), "cuda"),
+    ),
+    Bound(
+        "predicted time of a decoded token, 8B shape",
+        0.15,
+        False,
+        "within 15 %",
+        "",
+        worst_time(("token",), "cuda"),
+    ),
+    Bound(
+        "predicted times on a CPU",
+        0.3,
+        False,
+        "within 30 %",
+        "",
+        worst_time(("prefill", "token"), "cpu"),
+    ),
+    Bound(
+        "remaining time, named at a tenth of 128K tokens or more",
+        0.1,
+        False,
+        "within 10 %",
+        "",
+        eta_at_a_tenth,
+    ),
+    Bound(
+        "plan without arguments against the best of a grid of manual settings",
+        0.95,
+        True,
+        ">= 0.95x its speed",
+        "",
+        plan_against_grid,
         True,
     ),
 )

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from headinfer.bench import measure
-from headinfer.bench.cases import CASES, CONTESTANTS, Case, Mode, chosen_cases, narrowed
+from headinfer.bench.cases import CASES, KNOWN, Case, Mode, chosen_cases, narrowed
 from headinfer.bench.clock import Deadline, OutOfTime
 from headinfer.bench.contestants import Ground, NotAvailable, clean
 from headinfer.bench.machine import Others, devices_here, session_now, settle
@@ -39,6 +39,8 @@ from headinfer.bench.shapes import SHAPES
 from headinfer.bench.verify import Say, verify
 from headinfer.budget import format_bytes, parse_bytes
 from headinfer.errors import HeadInferError, InputError, TierFull
+from headinfer.hf.probe import rates_for
+from headinfer.rates import Rates
 
 SPARE_HOST_BYTES = 3 * 2**30
 """Left to the system when a run is judged to fit into host memory."""
@@ -125,6 +127,7 @@ class _Runs:
         self._model_key: tuple[str, str, str] | None = None
         self._warm: set[tuple[str, str | None, int]] = set()
         self._position = 0
+        self._predicting: dict[tuple[str, str], Rates | None] = {}
 
     def all(self, cases: Sequence[Case]) -> Ended:
         """Exactness, rates, then every run in shuffled order."""
@@ -229,7 +232,7 @@ class _Runs:
             case = replace(case, repeats=min(case.repeats, 2), steps=min(case.steps, 4))
         ground = self._ground(case, key)
         # Ours plan by length, so that another length may use other kernels for the first time.
-        warm = (key[1], case.cap, key[2] if CONTESTANTS[key[1]].ours else 0)
+        warm = (key[1], case.cap, key[2] if KNOWN[key[1]].ours else 0)
         if warm not in self._warm:
             measure.warm_up(key[1], ground)
             clean(ground.device)
@@ -247,7 +250,7 @@ class _Runs:
         new = case.chunk_tokens if case.mode is Mode.ATTENTION else 0
         tokens = context + new + case.steps + measure.WARM_STEPS + 2
         self._load(case.shape, case.dtype, device)
-        factor = CONTESTANTS[contestant].host_factor if device == "cuda" else 2.5
+        factor = KNOWN[contestant].host_factor if device == "cuda" else 2.5
         needs = int(factor * shape.kv_bytes(tokens, case.dtype)) + SPARE_HOST_BYTES
         free = psutil.virtual_memory().available
         if factor and needs > free and context >= 2**14:
@@ -255,9 +258,20 @@ class _Runs:
                 f"not started: it may take {format_bytes(needs)} of host memory, and "
                 f"{format_bytes(free)} are free"
             )
+        rates = self._rates(device, case.dtype) if KNOWN[contestant].ours else None
         if device == "cuda":
             self._cap(case.cap)
-        return Ground(self._model, shape, case.dtype, tokens, case.chunk_tokens, cap=case.cap)
+        return Ground(
+            self._model, shape, case.dtype, tokens, case.chunk_tokens, cap=case.cap, rates=rates
+        )
+
+    def _rates(self, device: str, dtype: str) -> Rates | None:
+        """What predictions are made from: as `headinfer doctor --probe` measures it, once."""
+        key = (device, dtype)
+        if key not in self._predicting:
+            self._say(f"    rates of {dtype} on {device}, for predictions")
+            self._predicting[key] = rates_for(device, getattr(torch, dtype))
+        return self._predicting[key]
 
     def _load(self, shape: str, dtype: str, device: str) -> None:
         if self._model_key == (shape, dtype, device):

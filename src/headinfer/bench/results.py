@@ -49,8 +49,9 @@ class Row:
         bytes_floor_s: the slowest path at its measured rate, moving those bytes.
         flops_floor_s: the FLOPs of the work at the measured rates.
         achieved_bytes, achieved_flops: floor over median; 1 is the limit.
-        predicted: of the plan: "gpu_peak_bytes", "host_bytes"; "seconds" is None while nothing
-            predicts time.
+        predicted: of the plan: "gpu_peak_bytes", "host_bytes"; of the cost model: "seconds" of the
+            metric, None where it predicts none, and "eta_error", how far the remaining time named
+            at a tenth of a prefill was off.
         held: measured memory in bytes.
         settings: what the run was given and what was decided.
         simulated: the context is random keys and values, not a prompt that was read.

@@ -13,8 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headinfer.bench.cases import CONTESTANTS, format_tokens
+from headinfer.bench.cases import CONTESTANTS, KNOWN, format_tokens
 from headinfer.bench.findings import seconds
+from headinfer.bench.foretold import Pair, pairs
 from headinfer.bench.must_hold import HOLDS, MISSES, judge
 from headinfer.bench.results import BUSY, MEASURED, Results, Row
 from headinfer.budget import format_bytes
@@ -28,6 +29,7 @@ def report(results: Results) -> RenderableType:
     """Everything there is to say about a file."""
     parts: list[RenderableType] = [_heading(results), _checks(results), _rates(results)]
     parts += list(_measured(results))
+    parts += [_foretold(results)] if pairs(results) else []
     parts += [_speedups(results), _must_hold(results), Text(_footnotes(results))]
     return Group(*parts)
 
@@ -48,7 +50,31 @@ def markdown(results: Results) -> str:
     columns = ("case", "context", "contestant", "metric", "median", "of bytes floor",
               "of FLOPs floor", "GPU peak (predicted)")  # fmt: skip
     lines += [*_markdown_table(columns, times), "", *_footnotes(results).splitlines()]
+    if pairs(results):
+        lines += ["", *_markdown_table(_FORETOLD, list(map(_pair, pairs(results))))]
     return "\n".join(lines)
+
+
+def _foretold(results: Results) -> RenderableType:
+    """What the plan and the cost model said, beside what was measured."""
+    table = _table("predicted and measured", _FORETOLD)
+    for pair in pairs(results):
+        table.add_row(*_pair(pair))
+    return table
+
+
+_FORETOLD = ("case", "context", "what", "predicted", "measured", "measured is")
+
+
+def _pair(pair: Pair) -> tuple[str, ...]:
+    if pair.unit == "bytes":
+        shown = [format_bytes(int(value)) for value in (pair.predicted, pair.measured)]
+    else:
+        shown = [seconds(value) for value in (pair.predicted, pair.measured)]
+    simulated = " (after a simulated context)" if pair.row.simulated else ""
+    where = format_tokens(pair.row.context_tokens)
+    what = f"{pair.what}{_mark(pair.row)}{simulated}"
+    return (pair.row.case, where, what, *shown, f"{pair.off:+.1%}")
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -148,7 +174,7 @@ def _speedups(results: Results) -> RenderableType:
     header = ("case", "context", "metric", "headinfer", *(f"against {name}" for name in peers))
     table = _table("times faster", header)
     for row in sorted(results.rows, key=lambda row: (row.case, _order(row))):
-        mine = CONTESTANTS.get(row.contestant)
+        mine = KNOWN.get(row.contestant)
         if mine is None or not mine.ours or row.metric not in COMPARED or not row.median:
             continue
         theirs = [results.find(row.case, peer, row.context_tokens, row.metric) for peer in peers]
@@ -198,7 +224,7 @@ def _table(title: str, header: Sequence[str], *, first_may_wrap: bool = False) -
 
 
 def _order(row: Row) -> tuple[int, int]:
-    names = list(CONTESTANTS)
+    names = list(KNOWN)
     place = names.index(row.contestant) if row.contestant in names else len(names)
     return row.context_tokens, place
 

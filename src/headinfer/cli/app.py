@@ -184,6 +184,8 @@ def plan(
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
+    allow_beyond_positions: opt.AllowBeyondPositions = False,
+    plot: opt.Plot = None,
     device: opt.Device = None,
     dtype: opt.DtypeOption = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -202,6 +204,8 @@ def plan(
         device=device,
         dtype=opt.name(dtype),
         trust_remote_code=trust_remote_code,
+        beyond=allow_beyond_positions,
+        plot=plot,
         as_json=as_json,
     )
 

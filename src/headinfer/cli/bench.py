@@ -218,13 +218,13 @@ def _listing() -> RenderableType:
     from rich.console import Group
     from rich.table import Table
 
-    from headinfer.bench.cases import CASES, CONTESTANTS
+    from headinfer.bench.cases import CASES, KNOWN
 
     cases = Table("case", "needs", "what", "contestants", title="cases", title_justify="left")
     for case in CASES.values():
         cases.add_row(case.name, case.device, str(case), ", ".join(case.contestants))
     people = Table("contestant", "", title="contestants", title_justify="left")
-    for contestant in CONTESTANTS.values():
+    for contestant in KNOWN.values():
         people.add_row(contestant.name, contestant.label)
     return Group(cases, people)
 

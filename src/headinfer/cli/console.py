@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headinfer.budget import format_bytes
-from headinfer.progress import Event, ForwardStarted, PrefillClock
+from headinfer.progress import ChunkCost, Event, ForwardStarted, PrefillClock
 
 if TYPE_CHECKING:
     from headinfer.hf.demo_model import Step
@@ -146,14 +146,21 @@ class PrefillBar:
         )
         self._open = False
 
+    def expect(self, cost: ChunkCost, *, measured: bool, chunk_tokens: int) -> None:
+        """What the cost model says of a chunk; see `PrefillClock`. Before the first one is read."""
+        self._clock.cost, self._clock.measured = cost, measured
+        self._clock.chunk_tokens = chunk_tokens
+        self._progress.update(self._task, eta=self._clock.eta_s())
+
     def resume(self, done_tokens: int) -> None:
         """The first `done_tokens` need not be read again."""
         self._resumed = done_tokens
         self._clock.resume(done_tokens)
-        self._progress.update(self._task, completed=done_tokens)
+        self._progress.update(self._task, completed=done_tokens, eta=self._clock.eta_s())
 
     def __enter__(self) -> PrefillBar:
         self._started = time.perf_counter()
+        self._progress.update(self._task, eta=self._clock.eta_s(), at=self._started)
         self._progress.start()
         self._open = True
         return self

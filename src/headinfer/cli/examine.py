@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headinfer.budget import format_bytes
@@ -89,6 +90,8 @@ def show_plan(
     device: str | None,
     dtype: str | None,
     trust_remote_code: bool,
+    beyond: bool,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Print what a run would take, at this length and at shorter ones; loads no weights."""
@@ -97,7 +100,7 @@ def show_plan(
     from headinfer.hf.load import load_shape
 
     with PreparationBar() as preparation:
-        config, weight_bytes = load_shape(
+        config, weight_bytes, weights = load_shape(
             model, dtype, trust_remote_code=trust_remote_code, on_step=preparation
         )
     found = forecast(
@@ -107,6 +110,7 @@ def show_plan(
         batch=batch,
         device=device,
         weight_bytes=weight_bytes,
+        weights=weights,
         gpu=elsewhere.gpu,
         ram=elsewhere.ram,
         gpu_memory=memory.gpu_memory,
@@ -114,16 +118,26 @@ def show_plan(
         chunk_tokens=memory.chunk_tokens,
     )
     plan, most = found.plan, found.geometry.max_positions
-    if 0 < most < tokens + new_tokens:
-        print_note(f"note: the model was made for {most:,} positions")
+    if 0 < most < tokens + new_tokens and not beyond:
+        print_note(
+            f"note: the model was made for {most:,} positions; a run beyond them needs "
+            "--allow-beyond-positions, at the risk of a wrong answer"
+        )
+    if plot is not None:
+        from headinfer.cli.plan_plot import draw
+
+        draw(found, plot)
+        print_note(f"time and memory over the context are in {plot}")
     if as_json:
         print_json({**plan.as_dict(), **found.as_dict()})
-        return
-    write_answer(f"{plan}\n\n{_table(found)}\n")
-    if found.rates is None:
+    else:
+        write_answer(f"{plan}\n\n{_table(found)}\n")
+    if found.rates is None and not as_json:
         print_note(
             "no times: this machine was not measured yet; `headinfer doctor --probe` does it"
         )
+    if found.refusal is not None:
+        raise found.refusal
 
 
 def _table(found: Forecast) -> str:
@@ -133,8 +147,9 @@ def _table(found: Forecast) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     source = "" if found.rates is None else f"times from rates of {found.rates.machine}"
-    refusals = [outlook.refusal for outlook in found.outlooks if outlook.refusal]
-    return "\n".join([*lines, *([source] if source else []), *refusals[:1]])
+    longest = found.longest_tokens
+    reach = f"the longest context that fits: {longest:,} tokens" if longest is not None else ""
+    return "\n".join([*lines, *filter(None, (source, reach))])
 
 
 def _row(outlook: Outlook) -> tuple[str, ...]:

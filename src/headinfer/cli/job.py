@@ -21,6 +21,7 @@ from headinfer.cli.console import (
 
 if TYPE_CHECKING:
     from headinfer.cost import Prediction
+    from headinfer.hf.compared import Comparison
     from headinfer.hf.generate import Generated, Prompt, Sampling
 
 
@@ -72,7 +73,8 @@ class Run:
 class Outcome:
     """A finished job: decided and measured, never mixed; `context` if it was on disk.
 
-    `predicted` is None where the machine's rates are not known: `headinfer doctor --probe`.
+    `predicted` is None where the machine's rates are not known: `headinfer doctor --probe`;
+    `compared` where nothing ran.
     """
 
     job: Job
@@ -82,6 +84,7 @@ class Outcome:
     headwise: Run
     resident: Run | None
     predicted: Prediction | None = None
+    compared: Comparison | None = None
     context: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,6 +111,8 @@ class Outcome:
                 "prefill_limit": self.predicted.prefill_limit,
                 "decode_limit": self.predicted.decode_limit,
             }
+        if self.compared is not None:
+            found["compared"] = self.compared.as_dict()
         if self.context is not None:
             found["context"] = self.context
         if self.resident is not None:
@@ -146,27 +151,24 @@ def execute(job: Job) -> Outcome:
             new_tokens=job.max_new_tokens,
             around_tokens=tokens_around(tokenizer, job.text, job.question, chat=job.chat),
         )
-    plan, predicted, stats, headwise = _run_headwise(job, model, tokenizer, prompt, sampling)
+    plan, predicted, compared, stats, headwise = _run_headwise(
+        job, model, tokenizer, prompt, sampling
+    )
     resident = _run_resident(job, model, tokenizer, prompt, sampling) if job.compare else None
     loaded = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "load_s": load_s,
     }
-    return Outcome(job, loaded, plan, stats, headwise, resident, predicted)
+    return Outcome(job, loaded, plan, stats, headwise, resident, predicted, compared)
 
 
 def print_comparison(outcome: Outcome) -> None:
-    """One line: what was predicted beside what was measured."""
-    predicted, found = outcome.predicted, outcome.headwise.answer.timings()
-    ttft, itl = found["ttft_s"], found["itl_s"]
-    if predicted is None or ttft is None:
-        return
-    later = "" if itl is None else f", {itl * 1e3:.0f} ms a token"
-    print_note(
-        f"predicted {predicted.prefill_s:.1f} s to the first token, {predicted.decode_s * 1e3:.0f} "
-        f"ms a token after it; measured {ttft:.1f} s{later}"
-    )
+    """The last lines: what was predicted beside what was measured."""
+    if outcome.compared is not None:
+        for figure in outcome.compared.figures:
+            if figure.predicted is not None and figure.measured is not None:
+                print_note(str(figure))
 
 
 def print_json(found: Mapping[str, Any]) -> None:
@@ -194,9 +196,9 @@ def load(job: Job) -> tuple[Any, Any, float]:
 
 def _run_headwise(
     job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling
-) -> tuple[dict[str, Any], Prediction | None, dict[str, int], Run]:
+) -> tuple[dict[str, Any], Prediction | None, Comparison | None, dict[str, int], Run]:
     import headinfer
-    from headinfer.hf.forecast import predicted_for
+    from headinfer.hf.forecast import cost_for, predicted_for
     from headinfer.hf.generate import generate_text
     from headinfer.hf.peak import PeakMemory
 
@@ -217,6 +219,8 @@ def _run_headwise(
         predicted = None
         if session.plan is not None:
             print_note(str(session.plan))
+            cost, measured = cost_for(session.plan, model)
+            bar.expect(cost, measured=measured, chunk_tokens=session.plan.chunk_tokens)
             predicted = predicted_for(session.plan, model, prompt_tokens=prompt.tokens)
         with bar, AnswerStream(bar, silent=job.as_json) as stream:
             answer = generate_text(
@@ -228,8 +232,8 @@ def _run_headwise(
                 on_text=stream,
             )
         plan = session.plan.as_dict() if session.plan is not None else {}
-        stats = session.stats.as_dict()
-    return plan, predicted, stats, Run(answer, peak.as_dict())
+        stats, compared = session.stats.as_dict(), session.compared
+    return plan, predicted, compared, stats, Run(answer, peak.as_dict())
 
 
 def _run_resident(job: Job, model: Any, tokenizer: Any, prompt: Prompt, sampling: Sampling) -> Run:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -136,6 +137,15 @@ AsJson = Annotated[
     bool,
     typer.Option(
         "--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw time and memory over the context, as .png or .svg.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 PromptFile = Annotated[

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -90,11 +91,20 @@ def _one_line_errors() -> Iterator[None]:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, HeadInferError):
-        return text
+        return _OPTION.sub(_as_typed, text)
     if isinstance(error, MemoryError):
         return f"the machine ran out of memory: {text or 'no more could be allocated'}"
     kind = type(error).__name__
     return f"{kind}: {text} (unexpected: HEADINFER_DEBUG=1 shows where it happened)"
+
+
+_OPTION = re.compile(r"\b(gpu_memory|host_memory|chunk_tokens|on_unsupported)\b(=?)")
+"""Names of Python arguments in messages, where the command line has an option of that name."""
+
+
+def _as_typed(found: re.Match[str]) -> str:
+    name, given = found.groups()
+    return f"--{name.replace('_', '-')}{' ' if given else ''}"
 
 
 def _usage_line(error: Any) -> str:

@@ -68,6 +68,7 @@ PLAN = _help(
     examples=(
         'headinfer plan MODEL --tokens 1M --gpu "RTX 4090" --ram 128GiB',
         "headinfer plan MODEL --tokens 200000 --gpu-memory 24GiB",
+        'headinfer plan MODEL --tokens 1M --gpu "RTX 4090" --plot plan.png',
         "headinfer plan demo --tokens 6000 --json",
     ),
 )

@@ -141,6 +141,7 @@ def _run(
     job: Job, disk: OnDisk, model: Any, tokenizer: Any, framed: _Framed, sampling: Sampling
 ) -> tuple[dict[str, Any], dict[str, int], Run, dict[str, Any]]:
     import headinfer
+    from headinfer.hf.forecast import cost_for
     from headinfer.hf.generate import check_positions
     from headinfer.hf.peak import PeakMemory
 
@@ -165,6 +166,8 @@ def _run(
     ):
         if session.plan is not None:
             print_note(str(session.plan))
+            cost, measured = cost_for(session.plan, model)
+            bar.expect(cost, measured=measured, chunk_tokens=session.plan.chunk_tokens)
         with bar:
             cache, held = _open(disk, model, tokenizer, framed, bar)
             answer = _answer(job, disk, model, tokenizer, framed, sampling, cache, bar)

@@ -28,17 +28,21 @@ from transformers import (
 from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
-from headinfer.errors import CacheStateError, InputError
-from headinfer.geometry import Geometry
+from headinfer.cost import predict
+from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
+from headinfer.geometry import Geometry, Weights
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
+from headinfer.hf.compared import Comparison, RequestClock, compare
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.graphs import StepGraphs
 from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
+from headinfer.hf.remembered import known_rates
 from headinfer.hf.step import CudaRecorder, Recorder
+from headinfer.hf.weights import compute_device, weights_there
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
@@ -91,6 +95,7 @@ def plan_for(
     batch: int = 1,
     device: str | None = None,
     weight_bytes: int = 0,
+    weights: Weights | None = None,
     **options: Unpack[CacheOptions],
 ) -> Plan:
     """The plan of a run that has not started; loads no weights.
@@ -102,6 +107,7 @@ def plan_for(
         batch: sequences.
         device: "cuda" or "cpu"; default: "cuda" when gpu_memory is given or a GPU is there.
         weight_bytes: bytes of the weights on the device; 0 counts the cache alone.
+        weights: more about them.
         options: see `CacheOptions`.
 
     Raises:
@@ -109,15 +115,45 @@ def plan_for(
         InputError: an unusable option.
     """
     rest: CacheOptions = {**options, "expected_tokens": prompt_tokens + new_tokens}
-    record = options_from(rest)
+    device, record = resolved_for(options_from(rest), device, weight_bytes=weight_bytes)
+    geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
+    return make_plan(geometry, record, device=device, batch=batch)
+
+
+def resolved_for(record: Options, device: str | None, *, weight_bytes: int) -> tuple[str, Options]:
+    """Where a run that has not started will compute, and its options with budgets filled in.
+
+    Raises:
+        BudgetTooSmall: host memory has no room for the weights of a model that computes there.
+    """
     if device is None:
         wanted = record.budget.gpu_bytes is not None or torch.cuda.is_available()
         device = "cuda" if wanted else "cpu"
+    told = record.budget.host_bytes
     if device == "cpu" or torch.cuda.is_available() or record.budget.gpu_bytes is None:
         there = device if device == "cpu" or torch.cuda.is_available() else "cpu"
         record = resolve_budget(record, torch.device(there))
-    geometry = geometry_of(config, weight_bytes=weight_bytes)
-    return make_plan(geometry, record, device=device, batch=batch)
+    free = record.budget.host_bytes
+    if device == "cpu" and told is None and free is not None:
+        record = _beside_weights(record, free, weight_bytes)
+    return device, record
+
+
+def _beside_weights(record: Options, free: int, weight_bytes: int) -> Options:
+    """On a CPU the weights, not loaded yet, will take of the same memory."""
+    if weight_bytes >= free:
+        raise BudgetTooSmall(
+            f"the weights do not fit: they take {format_bytes(weight_bytes)} of host memory, and "
+            f"{format_bytes(free)} can be used now. Free memory that other processes hold, use "
+            "--dtype bfloat16 or a smaller model, or plan for another machine with --ram "
+            f"{2 * weight_bytes}",
+            tier="host",
+            budget_bytes=free,
+            needed_bytes=weight_bytes,
+        )
+    note = f"of these, the weights will take {format_bytes(weight_bytes)}"
+    budget = replace(record.budget, host_bytes=free - weight_bytes)
+    return replace(record, budget=budget, budget_reasons=(*record.budget_reasons, note))
 
 
 class Session:
@@ -148,19 +184,23 @@ class Session:
                 "not be used. Close the first one (leave its `with` block, or call close())"
             )
         self.model = model
+        self._device = compute_device(model)
         self.cache: HeadCache | None = None
         self._given = options
         self._options: Options = options_from(options)
-        self._passes = Passes(observer, mark_on(model.device))
+        self._clock = RequestClock(observer)
+        self._passes = Passes(self._clock, mark_on(self._device))
         self._batch = batch_size or 1
         self._closed = False
         self._first_plan: Plan | None = None
         self._length: tuple[int, int] | None = None
+        self._chunk: int | None = None
         self._geometry = self._geometry_now()
         self.head_layers = len(self._geometry.full_layers)
         self._cache_layers = len(DynamicCache(config=_decoder_config(model)).layers)
         if self._options.expected_tokens is not None:
             self._first_plan = self._make_plan()
+            self._chunk = self._first_plan.chunk_tokens
         self._attention = _attention_in_use(model)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
@@ -186,6 +226,21 @@ class Session:
         return Stats() if self.cache is None else self.cache.stats()
 
     @property
+    def compared(self) -> Comparison | None:
+        """Predicted and measured figures of the latest generation, side by side; None before the
+        first. The GPU's peak is that of the process since its statistics were last reset."""
+        plan = self.plan
+        if plan is None:
+            return None
+        self._passes.flush()
+        rates, tokens = known_rates(self._device, self.model.dtype), self._clock.prompt_tokens
+        said = None if rates is None or not tokens else predict(plan, rates, prompt_tokens=tokens)
+        peak = None
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        return compare(plan, self.stats, self._clock, said, peak)
+
+    @property
     def materializes(self) -> bool:
         """The model's own attention runs on whole layers copied to the device."""
         return self._options.on_unsupported == "materialize"
@@ -194,9 +249,10 @@ class Session:
         """An empty cache with this session's options, or others, to be passed as
         `past_key_values`."""
         config = _decoder_config(self.model)
-        weights = self._geometry.weight_bytes
+        size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
-        self.cache = HeadCache(config, weight_bytes=weights, **given)
+        self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
+        self.cache.backing.chunk = self._chunk
         return self.cache
 
     def replay_with(self, recorder: Callable[[], Recorder]) -> None:
@@ -271,7 +327,7 @@ class Session:
             self.model._prefill = Prefill(
                 self.model, self._chunk_tokens(), self._announced, lambda: self.cache
             )
-        if self._step_graphs and self.model.device.type == "cuda" and not self.materializes:
+        if self._step_graphs and self._device.type == "cuda" and not self.materializes:
             self.replay_with(CudaRecorder)
         self._hooks.append(
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -286,27 +342,53 @@ class Session:
             kv,
         )
 
-    def _announced(self, prompt: int, most: int) -> None:
-        """`generate()` is about to read `prompt` tokens and may reach `most`."""
-        if self._options.expected_tokens is None:
+    def _announced(self, prompt: int, most: int, batch: int) -> int | None:
+        """`generate()` is about to read `prompt` tokens and may reach `most`: the chunk for that.
+
+        The cache made next is planned with this very chunk: what is resident has to fit beside the
+        forward passes that really come.
+        """
+        known = self._options.expected_tokens
+        if known is None:
             self._length = prompt, min(most, prompt + max(prompt, SPARE_TOKENS))
+        if self._options.chunk_tokens is not None or not self.head_layers:
+            return None
+        if known is None or batch != self._batch:
+            self._chunk = self._chunk_for(
+                [known] if known else [*reversed(self._length or ())], batch
+            )
+        return self._chunk
+
+    def _chunk_for(self, lengths: list[int], batch: int) -> int | None:
+        """The chunk that is planned for the first of these lengths that fits; None if none does:
+        the cache will say so, with the whole story."""
+        options = resolve_budget(self._options, self._device)
+        for tokens in lengths:
+            try:
+                asked = replace(options, expected_tokens=tokens)
+                plan = make_plan(self._geometry, asked, device=self._device.type, batch=batch)
+            except BudgetTooSmall:
+                continue
+            return plan.chunk_tokens
+        return None
 
     def _geometry_now(self) -> Geometry:
-        device = self.model.device
+        device = self._device
         weights = weight_bytes_of(self.model, device)
-        geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights)
+        more = weights_there(self.model)
+        geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights, weights=more)
         return replace(geometry, itemsize=self.model.dtype.itemsize)
 
     def _make_plan(self) -> Plan:
-        options = resolve_budget(self._options, self.model.device)
-        return make_plan(self._geometry, options, device=self.model.device.type, batch=self._batch)
+        options = resolve_budget(self._options, self._device)
+        return make_plan(self._geometry, options, device=self._device.type, batch=self._batch)
 
     def _chunk_tokens(self) -> int:
         if self._first_plan is not None:
             return self._first_plan.chunk_tokens
         if self._options.chunk_tokens is not None:
             return self._options.chunk_tokens
-        if self.model.device.type == "cuda":
+        if self._device.type == "cuda":
             return self._make_plan().chunk_tokens if self.head_layers else GPU_CHUNK_TOKENS
         return CPU_CHUNK_TOKENS
 

@@ -66,6 +66,8 @@ class Backing:
 
     Attributes:
         length: tokens of the prompt and the most there may be, where `generate()` told.
+        chunk: tokens that prompts are read in, where that was decided before the plan and not by
+            the user; what is resident has to fit beside them.
         wanted_bytes: host memory the longest answer would take, where only less is planned.
         plan: what was decided.
         runner: where the bytes are.
@@ -84,6 +86,7 @@ class Backing:
         self.latent = latent
         self.engine = engine
         self.length: tuple[int, int] | None = None
+        self.chunk: int | None = None
         self.wanted_bytes = 0
         self.plan: Plan | None = None
         self.runner: Runner | None = None
@@ -101,6 +104,8 @@ class Backing:
         """Plan and runner exist from now on."""
         geometry = replace(geometry, itemsize=dtype.itemsize)
         options = resolve_budget(self.options, device)
+        if options.chunk_tokens is None:
+            options = replace(options, chunk_tokens=self.chunk)
         self.plan = self._make_plan(geometry, options, device.type, batch)
         settings = settings_of(self.plan, self.options, self.wanted_bytes)
         self.runner = Runner(settings, engine=self.engine)
@@ -124,6 +129,7 @@ class Backing:
 
     def clone(self) -> Backing:
         twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
+        twin.chunk = self.chunk
         twin.plan = self.plan
         twin.runner = None if self.runner is None else self.runner.clone()
         return twin

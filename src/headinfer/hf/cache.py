@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from typing_extensions import Unpack
 
 from headinfer.errors import CacheStateError
+from headinfer.geometry import Weights
 from headinfer.hf.attention import register
 from headinfer.hf.backing import Backing, CacheOptions, EngineFactory, options_from
 from headinfer.hf.geometry import geometry_of
@@ -288,6 +289,7 @@ class HeadCache(DynamicCache):
     Args:
         config: the model's config. Without one every layer is kept in full, windows too.
         weight_bytes: bytes of the model's weights on the compute device, for the plan.
+        weights: more about them.
         engine: makes the transfer engine of a device (for tests).
         options: see `CacheOptions`.
 
@@ -300,12 +302,15 @@ class HeadCache(DynamicCache):
         config: PreTrainedConfig | None = None,
         *,
         weight_bytes: int = 0,
+        weights: Weights | None = None,
         engine: EngineFactory | None = None,
         **options: Unpack[CacheOptions],
     ) -> None:
         super().__init__(config=config)
         text = None if config is None else config.get_text_config(decoder=True)
-        geometry = None if config is None else geometry_of(config, weight_bytes=weight_bytes)
+        geometry = None
+        if config is not None:
+            geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
         latent = getattr(text, "kv_lora_rank", None) is not None
         self.backing = Backing(options_from(options), geometry, latent=latent, engine=engine)
         self.log = TokenLog()

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -27,6 +26,7 @@ from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
 from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
+from headinfer.hf.geometry import memory_here
 from headinfer.hf.remembered import known_rates
 from headinfer.rates import Rates
 
@@ -261,12 +261,13 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    memory = psutil.virtual_memory()
+    memory = memory_here()
+    limit = " (a container's limit)" if memory.container else ""
     lines = [
         (
             f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total)}, "
-            f"{format_bytes(memory.available)} available"
+            f"{torch.backends.cpu.get_cpu_capability()}, host memory {format_bytes(memory.total_bytes)}, "
+            f"{format_bytes(memory.free_bytes)} available{limit}"
         ),
         f"native CPU attention: {native.described()}",
     ]

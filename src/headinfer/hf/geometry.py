@@ -18,18 +18,21 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from headinfer.attention.api import AUTO, why_not
 from headinfer.attention.types import AttentionSpec
-from headinfer.budget import MemoryBudget
+from headinfer.budget import MemoryBudget, format_bytes
 from headinfer.errors import UnsupportedModel
-from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind, Weights
 from headinfer.hf.remembered import known_rates
+from headinfer.hf.weights import active_share
 from headinfer.options import Options
+from headinfer.surroundings import HostMemory, host_memory
 
-HOST_SHARE = 0.9
-"""Of the host memory available now, what a run takes unless told otherwise."""
 GPU_SHARE = 0.95
+"""Of the GPU memory that is free now, what a run takes unless told otherwise."""
 
 
-def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
+def geometry_of(
+    config: PreTrainedConfig, *, weight_bytes: int = 0, weights: Weights | None = None
+) -> Geometry:
     """The geometry of a model with this config.
 
     Raises:
@@ -50,6 +53,7 @@ def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
         weight_bytes=weight_bytes,
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         name=str(getattr(config, "model_type", "model")),
+        weights=weights or Weights(),
     )
 
 
@@ -75,21 +79,36 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     """`options` with both budgets filled in from what is free now, near-data attention left to the
     plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates."""
     budget = options.budget
-    host = budget.host_bytes
+    host, notes = budget.host_bytes, list(options.budget_reasons)
     if host is None:
-        host = int(psutil.virtual_memory().available * HOST_SHARE)
+        found, locks = memory_here(), device.type == "cuda"
+        host = found.default_budget(page_locked=locks)
+        notes.append(found.reason(page_locked=locks))
     gpu = budget.gpu_bytes
     if gpu is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         mine = torch.cuda.memory_reserved(device)
         gpu = int((free + mine) * GPU_SHARE)
+        notes.append(
+            f"GPU memory: at most {format_bytes(gpu)}, {GPU_SHARE:.0%} of what is free now or held "
+            "by this process"
+        )
     near = options.near_data
     if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
         near = 0.0
     budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
     # What decides the chunk was measured in the type that models on a GPU have.
     rates = known_rates(device, torch.bfloat16) if device.type == "cuda" else None
-    return replace(options, budget=budget, near_data=near, rates=rates)
+    return replace(options, budget=budget, near_data=near, rates=rates, budget_reasons=tuple(notes))
+
+
+def memory_here() -> HostMemory:
+    """What this process may take, asked of the system or, off Linux, of psutil."""
+    found = host_memory()
+    if found is None:
+        memory = psutil.virtual_memory()
+        found = HostMemory(memory.total, memory.available)
+    return found
 
 
 def _no_host_kernel() -> bool:
@@ -107,12 +126,43 @@ def _layer_configs(text: PreTrainedConfig, count: int) -> list[PreTrainedConfig]
 def _layer(layer: Any, text: PreTrainedConfig) -> LayerGeometry:
     if not isinstance(layer, CacheLayerMixin):
         kind = LayerKind.NONE if type(layer).__name__ == "DummyLayer" else LayerKind.STATE
-        return LayerGeometry(kind)
+        state = _state_bytes(text) if kind is LayerKind.STATE else 0
+        return LayerGeometry(kind, state_bytes=state)
     heads, query_heads, key_dim, value_dim = _heads(text)
     if isinstance(layer, DynamicLayer) and getattr(layer, "is_sliding", False):
         window = int(getattr(layer, "sliding_window", 0) or 0)
         return LayerGeometry(LayerKind.SLIDING, heads, key_dim, value_dim, query_heads, window)
-    return LayerGeometry(LayerKind.FULL, heads, key_dim, value_dim, query_heads)
+    attended = _expanded_dims(text) if getattr(text, "kv_lora_rank", None) is not None else (0, 0)
+    return LayerGeometry(
+        LayerKind.FULL, heads, key_dim, value_dim, query_heads, 0, attended[0], attended[1]
+    )
+
+
+def _state_bytes(text: PreTrainedConfig) -> int:
+    """What a linear-attention or state-space layer keeps of one sequence, in float32 as most kernels
+    want it: its states and the last inputs of its convolution. 0 where the config has other names."""
+
+    def size(*names: str) -> int:
+        found = (getattr(text, name, None) for name in names)
+        return next((each for each in found if isinstance(each, int)), 0)
+
+    keys, values = size("linear_num_key_heads"), size("linear_num_value_heads")
+    key_dim, value_dim = size("linear_key_head_dim"), size("linear_value_head_dim")
+    state = values * key_dim * value_dim
+    width = 2 * keys * key_dim + values * value_dim
+    if not state:  # Mamba and its kin
+        width = size("mamba_intermediate_size", "mamba_d_ssm", "mamba_d_inner")
+        width = width or size("mamba_expand", "expand") * _hidden_size(text)
+        state = width * size("mamba_d_state", "ssm_state_size", "state_size")
+    kernel = size("linear_conv_kernel_dim", "mamba_d_conv", "conv_kernel", "conv_kernel_size")
+    return 4 * (state + width * kernel)
+
+
+def _expanded_dims(text: PreTrainedConfig) -> tuple[int, int]:
+    """Elements of a key and of a value once latents are expanded."""
+    rotary = int(getattr(text, "qk_rope_head_dim", 0) or 0)
+    plain = int(getattr(text, "qk_nope_head_dim", 0) or 0)
+    return rotary + plain, int(getattr(text, "v_head_dim", 0) or 0) or plain
 
 
 def _heads(text: PreTrainedConfig) -> tuple[int, int, int, int]:
@@ -146,8 +196,11 @@ def _intermediate_size(text: PreTrainedConfig) -> int:
             break
     expert = getattr(text, "moe_intermediate_size", None)
     active = getattr(text, "num_experts_per_tok", None)
-    if isinstance(expert, int) and isinstance(active, int):
-        return max(dense, expert * active)
+    if isinstance(active, int) and active > 0:
+        if isinstance(expert, int):
+            return max(dense, expert * active)
+        if active_share(text) < 1:  # experts as wide as the config's only size
+            return dense * active
     return dense or 4 * _hidden_size(text)
 
 

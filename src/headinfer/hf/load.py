@@ -8,15 +8,17 @@ reached is noticed in seconds. Nothing here knows what the model is for.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from headinfer.errors import InputError
+from headinfer.geometry import Weights
 from headinfer.hf.demo_model import OnStep, demo_folder
 from headinfer.hf.quiet import quiet_transformers
 
@@ -91,24 +93,42 @@ def load_model(
         return _move(model.eval(), place), tokenizer
 
 
+class ModelShape(NamedTuple):
+    """A model without its weights.
+
+    Attributes:
+        config: transformers' config, with the element type the weights will have.
+        weight_bytes: of all weights and buffers, as they will be stored.
+        weights: more about them.
+    """
+
+    config: Any
+    weight_bytes: int
+    weights: Weights
+
+
 def load_shape(
     source: str,
     dtype: str | None = None,
     *,
     trust_remote_code: bool = False,
     on_step: OnStep | None = None,
-) -> tuple[Any, int]:
+) -> ModelShape:
     """The model's config, with `dtype` in it if one is given, and the bytes of its weights.
 
-    No weight is read: the model is built on torch's meta device.
+    No weight is read: the model is built on torch's meta device, and weights that the config says
+    are quantised are counted as they are stored.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its config lacks what its size depends on.
     """
     import torch
 
     found = _find(source, on_step)
+    _check_sizes(found)
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from headinfer.hf.weights import quantization_of, weights_to_come
 
     with quiet_transformers(keep_bars=not found.local), _explained(found):
         arguments = found.arguments(trust_remote_code=trust_remote_code)
@@ -116,12 +136,64 @@ def load_shape(
         chosen = _dtype(dtype, found, torch.device("cpu" if dtype else "cuda"))
         if chosen != "auto":
             config.dtype = chosen
+        stored = quantization_of(config)
+        plain = copy.deepcopy(config)
+        plain.__dict__.pop("quantization_config", None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype, trust_remote_code=trust_remote_code
+                plain, dtype=config.dtype, trust_remote_code=trust_remote_code
             )
-    # Tied weights are one parameter here, and `parameters` names each once.
-    return config, sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return ModelShape(config, *weights_to_come(model, stored))
+
+
+def _check_sizes(found: Source) -> None:
+    """Raises InputError for a config.json without the sizes of its model: transformers would fill
+    in those of another one."""
+    path = Path(found.path) / "config.json"
+    if found.gguf_file is not None or not path.is_file():
+        return
+    given = json.loads(path.read_text(encoding="utf-8"))
+    if "auto_map" in given:  # code of its own has names of its own
+        return
+    parts = [given, *(part for part in given.values() if isinstance(part, dict))]
+    known = {name: value for part in parts for name, value in part.items()}
+    missing = [what for what, names in _SIZES.items() if not set(names) & set(known)]
+    if missing:
+        raise InputError(
+            f"config.json of {found.name} does not say {' and '.join(missing)}, and transformers' "
+            "defaults are the sizes of some other model; take the file that belongs to the weights"
+        )
+    for name in {name for names in _SIZES.values() for name in names} & set(known):
+        value = known[name]
+        if isinstance(value, int) and value < 1:
+            raise InputError(
+                f"config.json of {found.name} has {name}={value}; a model has at least 1. Take the "
+                "file that belongs to the weights"
+            )
+
+
+_SIZES = {
+    "how wide the model is (hidden_size)": (
+        "hidden_size",
+        "d_model",
+        "n_embd",
+        "dim",
+        "model_dim",
+        "hidden_dim",
+    ),
+    "how many layers it has (num_hidden_layers)": (
+        "num_hidden_layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "decoder_layers",
+        "num_decoder_layers",
+        "layer_types",
+        "layers_block_type",
+        "block_types",
+    ),
+}
+"""What a size is called in configs, whatever the model."""
 
 
 def _find(source: str, on_step: OnStep | None) -> Source:
@@ -318,4 +390,4 @@ def _weights(found: Source) -> list[Path]:
     return [file for file in Path(found.path).iterdir() if file.suffix in (".safetensors", ".bin")]
 
 
-__all__ = ["DTYPES", "OnStep", "load_model", "load_shape"]
+__all__ = ["DTYPES", "ModelShape", "OnStep", "load_model", "load_shape"]

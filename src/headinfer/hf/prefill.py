@@ -27,7 +27,7 @@ from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, make_plan
 _BY_POSITION = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 """Inputs with a column per prompt token."""
 
-Announce = Callable[[int, int], None]
+Announce = Callable[[int, int, int], int | None]
 
 
 def prefill(
@@ -86,7 +86,8 @@ class Prefill:
     Args:
         model: the model to generate with.
         chunk_tokens: tokens per forward pass where the generation config names none.
-        announce: told, before a prompt runs, its tokens and the most tokens there will be; None
+        announce: told, before a prompt runs, its tokens, the most tokens there will be, and
+            sequences; says how many tokens to read per forward pass where it decides that. None
             leaves all to transformers.
         cache_now: names the cache that is being filled.
     """
@@ -142,7 +143,9 @@ class Prefill:
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration and is_decoder else None
         prompt = (input_ids if embeds is None else embeds).shape[1]
         if is_first_iteration and is_decoder and self._announce is not None:
-            self._announce(prompt, max(generation_config.max_length or 0, prompt + 1))
+            most = max(generation_config.max_length or 0, prompt + 1)
+            rows = (input_ids if embeds is None else embeds).shape[0]
+            self._chunk_tokens = self._announce(prompt, most, rows) or self._chunk_tokens
         chunk = generation_config.prefill_chunk_size or self._chunk_tokens
         whole = _changed(generation_config, prefill_chunk_size=None)
         cache = model_kwargs.get("past_key_values")
@@ -251,6 +254,8 @@ def chunk_of(model: PreTrainedModel, cache: Any, *, batch: int) -> int:
             return backing.plan.chunk_tokens
         if backing.options.chunk_tokens is not None:
             return backing.options.chunk_tokens
+        if backing.chunk is not None:
+            return backing.chunk
         if backing.geometry is not None and backing.geometry.full_layers:
             options = resolve_budget(backing.options, device)
             plan = make_plan(backing.geometry, options, device=device.type, batch=batch)

@@ -76,7 +76,7 @@ def run(
             case.name,
             contestant,
             context,
-            held=_held(entry, context),
+            held=_held(entry, context + (case.chunk_tokens if case.mode is Mode.ATTENTION else 0)),
             settings=_settings(entry),
             predicted=_predicted(entry),
             simulated=case.mode is not Mode.GENERATE,

@@ -30,6 +30,8 @@ DIMS = (64, 128)
 AGAIN_S = 5.0
 """A measurement of a CPU that took less is made twice."""
 NO_ATTENTION = "headinfer-probe"
+NEAR_COPIES = 24
+"""Copies of 256 MiB: a tenth of a second, longer than attention beside them is timed."""
 
 
 def rates_for(device: torch.device | str, dtype: torch.dtype, *, refresh: bool = False) -> Rates:
@@ -62,8 +64,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
-        host = torch.device("cpu")
-        near = _token_attention(_Clock(host), host, dtype, 512 * MIB) if gpu else None
+        near = _near(device, dtype) if gpu else None
         copies = _copies(clock, device) if gpu else (None, None)
         pin = _pinning() if gpu else None
     gc.collect()
@@ -205,14 +206,40 @@ def _prompt_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, d
     return flops / seconds
 
 
-def _token_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, nbytes: int) -> float:
-    """Bytes/s of keys and values attended by one token, 4 query heads each, more than caches hold."""
+def _token_attention(
+    clock: _Clock,
+    device: torch.device,
+    dtype: torch.dtype,
+    nbytes: int,
+    *,
+    beside: Callable[[], None] | None = None,
+) -> float:
+    """Bytes/s of keys and values attended by one token, 4 query heads each, more than caches hold;
+    `beside` starts what goes on meanwhile."""
     dim, heads = 128, 4
     keys = nbytes // (2 * heads * dim * dtype.itemsize)
     q = torch.randn((1, 4 * heads, 1, dim), device=device, dtype=dtype)
     k, v = (torch.zeros((1, heads, keys, dim), device=device, dtype=dtype) for _ in range(2))
+    if beside is not None:
+        beside()
     seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5), times=3)
     return (k.nbytes + v.nbytes) / seconds
+
+
+def _near(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode."""
+    there = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
+    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    stream, host = torch.cuda.Stream(device), torch.device("cpu")
+
+    def copy() -> None:
+        with torch.cuda.stream(stream):
+            for _ in range(NEAR_COPIES):
+                there.copy_(here, non_blocking=True)
+
+    found = _token_attention(_Clock(host), host, dtype, 512 * MIB, beside=copy)
+    stream.synchronize()
+    return found
 
 
 def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:

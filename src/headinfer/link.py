@@ -19,6 +19,7 @@ from headinfer.layer import RunnerSettings
 from headinfer.layout import Tile, aligned
 from headinfer.near import NearData
 from headinfer.schedule import Schedule
+from headinfer.spill import DiskEngine
 from headinfer.transfer import CudaEngine, InlineEngine, Loader, StagingRing, TransferEngine
 
 
@@ -58,9 +59,13 @@ class Link:
                 )
             return
         size = settings.slot_bytes + aligned(1)
-        slots = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
-        ]
+        if isinstance(engine, DiskEngine) and engine.straight:  # read into: they begin on a page
+            slots = [engine.buffer(size) for _ in range(settings.num_slots)]
+        else:
+            slots = [
+                torch.empty(size, dtype=torch.uint8, device=device)
+                for _ in range(settings.num_slots)
+            ]
         self.ring = StagingRing(engine, slots, load, poison=settings.poison)
         self.buffers = WriteBuffers(engine, device, settings.write_bytes)
         self.schedule = Schedule(tiles_of)

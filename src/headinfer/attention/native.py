@@ -24,7 +24,7 @@ from headinfer.errors import InputError
 LIBRARY = Path("lib", "libheadinfer_native.so")
 """Below the folder of the package."""
 
-ABI = 1
+ABI = 2
 MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16
@@ -290,6 +290,11 @@ def _checked_level(name: str, asked: str) -> str:
         able = ", ".join(known for known, runs in found.items() if runs)
         raise InputError(f"{asked} cannot be used: {why}. Levels that run here: {able}.")
     return name
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library, for its other uses. Raises InputError where there is none."""
+    return _library_or_raise()
 
 
 def _library_or_raise() -> ctypes.CDLL:

@@ -13,6 +13,8 @@ from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.plan import Plan
 from headinfer.rates import Rates
 
+DISK = "disk read rate"
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -74,6 +76,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
         parts["streaming"] = paths["streaming"]
     parts["launching"] = paths["launching"]
+    _add_disk(plan, rates, past, paths, parts)
     return _slowest(paths, parts)
 
 
@@ -82,7 +85,7 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     geometry, batch = plan.geometry, plan.batch
     params = block_params(geometry) + geometry.hidden_size * geometry.vocab_size
     everything = geometry.kv_bytes(length, batch=batch)
-    offloaded = offloaded_bytes(plan, length) if plan.staging else 0
+    offloaded = offloaded_bytes(plan, length) if plan.staging and not plan.host_computes else 0
     device = {
         "weights": params * geometry.itemsize / rates.weight_bytes_s,
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
@@ -91,7 +94,11 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         total = sum(parts.values())
-        return StepTime(total, parts, max(parts, key=lambda name: parts[name]))
+        longest = max(parts, key=lambda name: parts[name])
+        paths = {longest: total}
+        _add_disk(plan, rates, length, paths, parts)  # by threads of its own
+        limit = max(paths, key=lambda name: paths[name])
+        return StepTime(paths[limit], parts, limit)
     chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
     near_s = 0.0
@@ -99,9 +106,11 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         near_s = near_share * offloaded / rates.near_bytes_s
     parts["near-data attention"] = near_s
     parts["streaming"] = (1 - near_share) * offloaded / rates.h2d_bytes_s
-    found = _slowest({"chain": chain + near_s, "streaming": parts["streaming"]}, parts)
+    paths = {"chain": chain + near_s, "streaming": parts["streaming"]}
+    _add_disk(plan, rates, length, paths, parts)
+    found = _slowest(paths, parts)
     if found.limit == "chain":
-        waits = {name: parts[name] for name in parts if name != "streaming"}
+        waits = {name: parts[name] for name in parts if name not in paths}
         return StepTime(found.seconds, parts, max(waits, key=lambda name: waits[name]))
     return found
 
@@ -156,6 +165,26 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
             heads = layer.num_kv_heads - resident
             total += plan.batch * heads * layer.head_bytes(tokens, plan.geometry.itemsize)
     return total
+
+
+def disk_bytes(plan: Plan, tokens: int) -> int:
+    """Bytes of keys and values that lie on disk, over `tokens` tokens."""
+    if plan.disk is None:
+        return 0
+    below = offloaded_bytes(plan, tokens)
+    room = plan.host_room
+    if plan.host_computes:
+        return below
+    return 0 if room is None else max(below - room, 0)
+
+
+def _add_disk(
+    plan: Plan, rates: Rates, tokens: int, paths: dict[str, float], parts: dict[str, float]
+) -> None:
+    """What a pass after `tokens` tokens reads from disk takes time beside everything else."""
+    below = disk_bytes(plan, tokens)
+    if below and rates.disk_read_bytes_s:
+        paths[DISK] = parts[DISK] = below / rates.disk_read_bytes_s
 
 
 def _host_s(plan: Plan, rates: Rates) -> float:

@@ -15,6 +15,7 @@ from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
+from headinfer.spread import buffers_beside_gpu, bytes_on_disk, heads_in_host, ring_on_cpu
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -58,6 +59,10 @@ class Plan:
         gpu_parts: predicted peak on the GPU, part by part, bytes.
         host_bytes: predicted keys and values in host memory, bytes; 0 if the length is unknown.
         reasons: one line per decision.
+        disk: folder of the file that takes what host memory does not; None without one.
+        disk_bytes: predicted keys and values there, bytes; 0 if the length is unknown.
+        disk_buffer_bytes: host memory between disk and compute, part of the host budget.
+        host_computes: the CPU attends heads in host memory in place, and those on disk as they come.
     """
 
     geometry: Geometry
@@ -77,6 +82,17 @@ class Plan:
     gpu_parts: dict[str, int]
     host_bytes: int
     reasons: tuple[str, ...] = ()
+    disk: str | None = None
+    disk_bytes: int = 0
+    disk_buffer_bytes: int = 0
+    host_computes: bool = False
+
+    @property
+    def host_room(self) -> int | None:
+        """Host memory for keys and values: the budget less what a disk needs of it."""
+        if self.budget.host_bytes is None:
+            return None
+        return max(self.budget.host_bytes - self.disk_buffer_bytes, 0)
 
     @property
     def staging(self) -> bool:
@@ -124,6 +140,10 @@ class Plan:
             "predicted_gpu_parts": dict(self.gpu_parts),
             "predicted_gpu_bytes": self.gpu_bytes,
             "predicted_host_bytes": self.host_bytes,
+            "disk": self.disk,
+            "disk_budget_bytes": self.budget.disk_bytes,
+            "predicted_disk_bytes": self.disk_bytes,
+            "disk_buffer_bytes": self.disk_buffer_bytes,
             "reasons": list(self.reasons),
         }
 
@@ -142,6 +162,8 @@ class Plan:
             lines.append(f"GPU peak, predicted: {format_bytes(self.gpu_bytes)} ({parts})")
         if self.expected_tokens is not None:
             lines.append(f"keys and values in host memory: {format_bytes(self.host_bytes)}")
+            if self.disk_bytes:
+                lines.append(f"keys and values on disk: {format_bytes(self.disk_bytes)}")
         return "\n".join([*lines, *(f"- {reason}" for reason in self.reasons)])
 
 
@@ -181,6 +203,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             "the CPU; move it to a GPU, or leave gpu_memory out"
         )
     staging = bool(options.staging)
+    if options.disk is not None and not staging:
+        return _cpu_plan_with_disk(geometry, options, batch)
     if options.resident_heads and not staging:
         raise InputError(
             f"resident_heads={options.resident_heads} was given, but on a CPU every head is "
@@ -213,7 +237,104 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             gpu_parts={},
             host_bytes=0,
             reasons=(f"the model computes on the CPU: keys and values are {where}",),
+            disk=options.disk,
         )
+    )
+
+
+def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Plan:
+    """Whole heads in host memory, attended in place; the others on disk, attended as they come."""
+    if options.resident_heads is not None or options.near_data not in (None, 1):
+        raise InputError(
+            "resident_heads and near_data are for heads on their way to a GPU; with disk= on a CPU "
+            "leave them out: host memory is filled first"
+        )
+    tokens, budget = options.expected_tokens, options.budget
+    chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
+    ring = ring_on_cpu(
+        geometry,
+        batch=batch,
+        budget=budget.host_bytes,
+        slot_bytes=options.tile_bytes,
+        num_slots=options.num_slots,
+        write_bytes=_write_bytes(geometry, chunk, batch),
+    )
+    if budget.host_bytes is not None and ring.buffer_bytes > budget.host_bytes:
+        raise BudgetTooSmall(
+            f"the way to and from the disk needs {format_bytes(ring.buffer_bytes)} of host memory "
+            f"({ring.num_slots} slots of {format_bytes(ring.slot_bytes)}, the newest tokens of every "
+            f"layer, two buffers); the host budget is {format_bytes(budget.host_bytes)}. Raise "
+            f"host_memory to {ring.buffer_bytes} bytes or more",
+            tier="host",
+            budget_bytes=budget.host_bytes,
+            needed_bytes=ring.buffer_bytes,
+        )
+    room = None if budget.host_bytes is None else budget.host_bytes - ring.buffer_bytes
+    known = 0 if tokens is None else tokens  # unknown: all start in host memory
+    heads = heads_in_host(geometry, tokens=known, batch=batch, room=None if not known else room)
+    host = sum(
+        aligned(batch * count * layer.head_bytes(known, geometry.itemsize)) + aligned(1)
+        for count, layer in zip(heads, geometry.layers, strict=True)
+        if count and known
+    )
+    total = sum(layer.num_kv_heads for layer in geometry.full_layers)
+    if not known:
+        where = f"layers move to {options.disk} once host memory is full"
+    elif sum(heads) == total:
+        where = "all are in host memory, attended in place; the disk is not needed"
+    else:
+        where = (
+            f"{sum(heads)} of {total} KV heads are in host memory, attended in place; the others are "
+            f"attended as they come from {options.disk}"
+        )
+    plan = Plan(
+        geometry=geometry,
+        device="cpu",
+        batch=batch,
+        expected_tokens=tokens,
+        chunk_tokens=chunk,
+        slot_bytes=ring.slot_bytes,
+        num_slots=ring.num_slots,
+        write_bytes=ring.write_bytes,
+        resident_heads=heads,
+        resident_bytes=None,
+        near_share=0.0,
+        near_adapts=False,
+        kv_format=options.kv_format,
+        budget=budget,
+        gpu_parts={},
+        host_bytes=host,
+        reasons=(
+            f"the model computes on the CPU: {where}",
+            (
+                f"{format_bytes(ring.buffer_bytes)} of host memory are between disk and compute, "
+                "whatever the context"
+            ),
+        ),
+        disk=options.disk,
+        disk_bytes=bytes_on_disk(geometry, heads, tokens=known, batch=batch),
+        disk_buffer_bytes=ring.buffer_bytes,
+        host_computes=True,
+    )
+    return _within_disk(plan, plan.disk_bytes)
+
+
+def _within_disk(plan: Plan, needed: int) -> Plan:
+    """`plan`, of which up to `needed` bytes go to disk, if they may."""
+    budget, tokens = plan.budget.disk_bytes, plan.expected_tokens or 0
+    if budget is None or needed <= budget:
+        return plan
+    everything = max(plan.host_bytes + needed, 1)
+    shorter = int(tokens * (plan.host_bytes + budget) / everything)
+    raise BudgetTooSmall(
+        f"{plan.geometry.name} at {tokens:,} tokens does not fit: beside "
+        f"{format_bytes(plan.host_bytes)} in host memory its keys and values need "
+        f"{format_bytes(needed)} in {plan.disk}; {format_bytes(budget)} are allowed or free there. "
+        f"Make room for {needed} bytes ({format_bytes(needed)}) on disk and in disk_memory, name a "
+        f"folder on a larger disk, or shorten the context to {shorter:,} tokens",
+        tier="disk",
+        budget_bytes=budget,
+        needed_bytes=needed,
     )
 
 
@@ -233,7 +354,27 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             plan = _streaming_plan(geometry, options, batch, chunk)
     if budget is not None and plan.gpu_bytes > budget:
         raise _gpu_too_small(geometry, options, batch, plan, budget)
-    return _with_near_reason(_with_host(_with_residents(plan, options)))
+    found = _with_near_reason(_with_host(_with_residents(plan, options)))
+    if found.disk_bytes and options.chunk_tokens is None:
+        longer = _streaming_plan(geometry, options, batch, _longer_chunk(found, options, extra))
+        found = _with_near_reason(_with_host(_with_residents(longer, options)))
+    return found
+
+
+def _longer_chunk(plan: Plan, options: Options, extra: int) -> int:
+    """Every chunk reads the disk once: as long as the GPU has room for, until that is hidden."""
+    rates, chunk, budget = options.rates, plan.chunk_tokens, plan.budget.gpu_bytes
+    hiding = hiding_tokens(plan.geometry, options)
+    if rates is None or not rates.disk_read_bytes_s or not rates.h2d_bytes_s or hiding is None:
+        return chunk
+    share = plan.disk_bytes / max(plan.disk_bytes + plan.host_bytes, 1)
+    wanted = hiding * share * rates.h2d_bytes_s / rates.disk_read_bytes_s
+    while chunk < wanted and 2 * chunk <= (plan.expected_tokens or 0):
+        longer = _streaming_plan(plan.geometry, options, plan.batch, 2 * chunk)
+        if budget is not None and longer.gpu_bytes + extra > budget:
+            break
+        chunk *= 2
+    return chunk
 
 
 def hiding_tokens(geometry: Geometry, options: Options) -> int | None:
@@ -325,6 +466,8 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         gpu_parts={name: size for name, size in parts.items() if size},
         host_bytes=0,
         reasons=tuple(reasons),
+        disk=options.disk,
+        disk_buffer_bytes=0 if options.disk is None else buffers_beside_gpu(slot_bytes, num_slots),
     )
 
 
@@ -418,17 +561,49 @@ def _with_host(plan: Plan) -> Plan:
         if heads and per_head:
             size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
     budget = plan.budget.host_bytes
+    if plan.disk is not None:
+        return _with_spill(plan, size)
     if budget is not None and size > budget:
         raise BudgetTooSmall(
             f"{geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
             f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
-            f"Raise host_memory to {size} bytes ({format_bytes(size)}), or shorten the context to "
-            f"{int(tokens * budget / size):,} tokens",
+            f"Raise host_memory to {size} bytes ({format_bytes(size)}), shorten the context to "
+            f"{int(tokens * budget / size):,} tokens, or let what does not fit lie on a fast disk "
+            "with disk=FOLDER",
             tier="host",
             budget_bytes=budget,
             needed_bytes=size,
         )
     return replace(plan, host_bytes=size)
+
+
+def _with_spill(plan: Plan, size: int) -> Plan:
+    """`size` bytes leave the GPU: host memory is filled first, then the disk."""
+    room = plan.host_room
+    if room is None or size <= room:
+        return replace(plan, host_bytes=size)
+    if plan.budget.host_bytes is not None and plan.disk_buffer_bytes > plan.budget.host_bytes:
+        raise BudgetTooSmall(
+            f"the way to and from the disk needs {format_bytes(plan.disk_buffer_bytes)} of "
+            f"page-locked host memory, a buffer beside each of {plan.num_slots} staging slots; the "
+            f"host budget is {format_bytes(plan.budget.host_bytes)}. Raise host_memory to "
+            f"{plan.disk_buffer_bytes} bytes or more, or set a smaller tile_bytes",
+            tier="host",
+            budget_bytes=plan.budget.host_bytes,
+            needed_bytes=plan.disk_buffer_bytes,
+        )
+    below = size - room + len(plan.geometry.layers) * ALIGNMENT
+    reason = (
+        f"{format_bytes(size - room)} go to {plan.disk} once {format_bytes(room)} of host memory are "
+        f"full; {format_bytes(plan.disk_buffer_bytes)} of it are between disk and GPU"
+    )
+    found = replace(plan, host_bytes=room, disk_bytes=below, reasons=(*plan.reasons, reason))
+    # A segment lies in one of the two: of host memory, up to the largest one may stay unused.
+    largest = max(
+        plan.batch * layer.kv_bytes((plan.expected_tokens or 0) // 2, plan.geometry.itemsize)
+        for layer in plan.geometry.full_layers
+    )
+    return _within_disk(found, below + largest)
 
 
 def _gpu_too_small(

@@ -34,6 +34,7 @@ class Rates:
             CPU, where that is `resident_bytes_s`.
         host_read_bytes_s: host memory read by all threads.
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
+        disk_read_bytes_s, disk_write_bytes_s: of the folder a run is given; None without one.
         seconds: how long measuring took.
     """
 
@@ -50,6 +51,8 @@ class Rates:
     near_bytes_s: float | None = None
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
+    disk_read_bytes_s: float | None = None
+    disk_write_bytes_s: float | None = None
     seconds: float = 0.0
     version: int = field(default=VERSION)
 
@@ -91,6 +94,11 @@ class Rates:
                 f"{self.token_s * 1e3:.2f} ms more"
             ),
         ]
+        if self.disk_read_bytes_s is not None:
+            lines.append(
+                f"  the disk is read at {gb(self.disk_read_bytes_s)}, written at "
+                f"{gb(self.disk_write_bytes_s)}"
+            )
         if self.h2d_bytes_s is not None:
             pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"
             lines += [

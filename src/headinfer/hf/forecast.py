@@ -53,6 +53,7 @@ class Outlook:
             found |= {
                 "predicted_gpu_bytes": self.plan.gpu_bytes,
                 "predicted_host_bytes": self.plan.host_bytes,
+                "predicted_disk_bytes": self.plan.disk_bytes,
                 "resident_heads": sum(self.plan.resident_heads),
                 "offloaded_heads": self.plan.offloaded_heads,
                 "chunk_tokens": self.plan.chunk_tokens,
@@ -146,7 +147,7 @@ def forecast(
         **options,
     )
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    rates = machine.rates() if machine is not None else _known(plan.device, dtype)
+    rates = machine.rates() if machine is not None else _known(plan.device, dtype, plan.disk)
     asked = replace(options_from(options), budget=plan.budget)
     outlooks = [
         _outlook(plan, asked, rates, tokens=length, new_tokens=new_tokens) for length in tokens
@@ -156,14 +157,14 @@ def forecast(
 
 def predicted_for(plan: Plan, model: PreTrainedModel, *, prompt_tokens: int) -> Prediction | None:
     """Times of a run of `model` about to start; None if its machine was not measured."""
-    rates = known_rates(model.device, model.dtype)
+    rates = known_rates(model.device, model.dtype, plan.disk)
     return None if rates is None else predict(plan, rates, prompt_tokens=prompt_tokens)
 
 
-def _known(device: str, dtype: torch.dtype) -> Rates | None:
+def _known(device: str, dtype: torch.dtype, disk: str | None) -> Rates | None:
     if device == "cuda" and not torch.cuda.is_available():
         return None
-    return known_rates(device, dtype)
+    return known_rates(device, dtype, disk)
 
 
 def _outlook(

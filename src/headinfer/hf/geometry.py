@@ -23,10 +23,13 @@ from headinfer.errors import UnsupportedModel
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.hf.remembered import known_rates
 from headinfer.options import Options
+from headinfer.tiers.disk import free_bytes
 
 HOST_SHARE = 0.9
 """Of the host memory available now, what a run takes unless told otherwise."""
 GPU_SHARE = 0.95
+DISK_SHARE = 0.98
+"""Of what is free in a folder: file systems keep accounts of their own."""
 
 
 def geometry_of(config: PreTrainedConfig, *, weight_bytes: int = 0) -> Geometry:
@@ -72,8 +75,12 @@ def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
 
 
 def resolve_budget(options: Options, device: torch.device) -> Options:
-    """`options` with both budgets filled in from what is free now, near-data attention left to the
-    plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates."""
+    """`options` with all budgets filled in from what is free now, near-data attention left to the
+    plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates.
+
+    Raises:
+        InputError: `options.disk` is not a folder.
+    """
     budget = options.budget
     host = budget.host_bytes
     if host is None:
@@ -86,9 +93,13 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     near = options.near_data
     if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
         near = 0.0
-    budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
+    disk = budget.disk_bytes
+    if options.disk is not None:
+        free = int(free_bytes(options.disk) * DISK_SHARE)
+        disk = free if disk is None else min(disk, free)
+    budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host, disk_bytes=disk)
     # What decides the chunk was measured in the type that models on a GPU have.
-    rates = known_rates(device, torch.bfloat16) if device.type == "cuda" else None
+    rates = known_rates(device, torch.bfloat16, options.disk) if device.type == "cuda" else None
     return replace(options, budget=budget, near_data=near, rates=rates)
 
 

@@ -28,7 +28,8 @@ class Options:
         tile_bytes: size of a staging slot.
         num_slots: staging slots.
         staging: stage tiles through the ring even where host memory can be read in place.
-        resident_heads: KV heads per layer that never leave the GPU.
+        resident_heads: KV heads per layer that never leave the GPU; on a CPU with a disk, those that
+            never leave host memory.
         near_data: share of the offloaded heads that the CPU attends in decode, 0 (all stream) to 1;
             fixed, so that runs repeat bit by bit. None: chosen, and adapted while running.
         attention: attention implementation to insist on, or "auto".

@@ -244,10 +244,10 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
 
 def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Plan:
     """Whole heads in host memory, attended in place; the others on disk, attended as they come."""
-    if options.resident_heads is not None or options.near_data not in (None, 1):
+    if options.near_data not in (None, 1):
         raise InputError(
-            "resident_heads and near_data are for heads on their way to a GPU; with disk= on a CPU "
-            "leave them out: host memory is filled first"
+            f"near_data={options.near_data} was given, but on a CPU every head is attended there, "
+            "which is near_data=1; leave it out"
         )
     tokens, budget = options.expected_tokens, options.budget
     chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
@@ -271,7 +271,13 @@ def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Pla
         )
     room = None if budget.host_bytes is None else budget.host_bytes - ring.buffer_bytes
     known = 0 if tokens is None else tokens  # unknown: all start in host memory
-    heads = heads_in_host(geometry, tokens=known, batch=batch, room=None if not known else room)
+    heads = heads_in_host(
+        geometry,
+        tokens=known,
+        batch=batch,
+        room=room if known else None,
+        most=options.resident_heads,
+    )
     host = sum(
         aligned(batch * count * layer.head_bytes(known, geometry.itemsize)) + aligned(1)
         for count, layer in zip(heads, geometry.layers, strict=True)

@@ -59,9 +59,10 @@ def ring_on_cpu(
     while True:
         ring = Ring(slot, slots, write, slots * (slot + 3 * PAGE) + 2 * write + tails)
         small = budget is None or ring.buffer_bytes <= budget // BUFFER_SHARE
-        if small or slot_bytes is not None or slot <= LEAST_SLOT_BYTES:
+        fixed = slot_bytes is not None or slot <= LEAST_SLOT_BYTES
+        if small or (fixed and write == least_write):
             return ring
-        slot //= 2
+        slot = slot if fixed else slot // 2
         write = max(write // 2, least_write)
 
 
@@ -71,11 +72,15 @@ def buffers_beside_gpu(slot_bytes: int, num_slots: int) -> int:
 
 
 def heads_in_host(
-    geometry: Geometry, *, tokens: int, batch: int, room: int | None
+    geometry: Geometry, *, tokens: int, batch: int, room: int | None, most: int | None
 ) -> tuple[int, ...]:
-    """Per layer, the KV heads that fit `room` bytes of host memory, spread evenly over layers."""
+    """Per layer, the KV heads that fit `room` bytes of host memory, spread evenly over layers; at
+    most `most` of each."""
     counts = [
-        layer.num_kv_heads if layer.kind is LayerKind.FULL else 0 for layer in geometry.layers
+        min(layer.num_kv_heads, layer.num_kv_heads if most is None else most)
+        if layer.kind is LayerKind.FULL
+        else 0
+        for layer in geometry.layers
     ]
     if room is None:
         return tuple(counts)

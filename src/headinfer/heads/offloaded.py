@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,21 @@ class WriteBuffers:
     """Two contiguous buffers on the compute device that new blocks pass through on their way
     down: a copy engine moves contiguous runs, and the model's own keys are strided."""
 
-    def __init__(self, engine: TransferEngine, device: torch.device, nbytes: int) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        device: torch.device,
+        nbytes: int,
+        empty: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.nbytes = nbytes
         self._engine = engine
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        if empty is None:
+            self._buffers = [
+                torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)
+            ]
+        else:  # memory of a kind that the way down likes
+            self._buffers = [empty(nbytes), empty(nbytes)]
         self._free_after = [engine.fence(), engine.fence()]
         self._next = 0
 

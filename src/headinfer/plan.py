@@ -259,16 +259,12 @@ def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Pla
         num_slots=options.num_slots,
         write_bytes=_write_bytes(geometry, chunk, batch),
     )
-    if budget.host_bytes is not None and ring.buffer_bytes > budget.host_bytes:
-        raise BudgetTooSmall(
-            f"the way to and from the disk needs {format_bytes(ring.buffer_bytes)} of host memory "
-            f"({ring.num_slots} slots of {format_bytes(ring.slot_bytes)}, the newest tokens of every "
-            f"layer, two buffers); the host budget is {format_bytes(budget.host_bytes)}. Raise "
-            f"host_memory to {ring.buffer_bytes} bytes or more",
-            tier="host",
-            budget_bytes=budget.host_bytes,
-            needed_bytes=ring.buffer_bytes,
-        )
+    _check_buffers(
+        budget.host_bytes,
+        ring.buffer_bytes,
+        f"{ring.num_slots} slots of {format_bytes(ring.slot_bytes)}, the newest tokens of every layer, "
+        "two buffers",
+    )
     room = None if budget.host_bytes is None else budget.host_bytes - ring.buffer_bytes
     known = 0 if tokens is None else tokens  # unknown: all start in host memory
     heads = heads_in_host(
@@ -283,16 +279,6 @@ def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Pla
         for count, layer in zip(heads, geometry.layers, strict=True)
         if count and known
     )
-    total = sum(layer.num_kv_heads for layer in geometry.full_layers)
-    if not known:
-        where = f"layers move to {options.disk} once host memory is full"
-    elif sum(heads) == total:
-        where = "all are in host memory, attended in place; the disk is not needed"
-    else:
-        where = (
-            f"{sum(heads)} of {total} KV heads are in host memory, attended in place; the others are "
-            f"attended as they come from {options.disk}"
-        )
     plan = Plan(
         geometry=geometry,
         device="cpu",
@@ -311,7 +297,7 @@ def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Pla
         gpu_parts={},
         host_bytes=host,
         reasons=(
-            f"the model computes on the CPU: {where}",
+            f"the model computes on the CPU: {_where_on_cpu(options, geometry, heads)}",
             (
                 f"{format_bytes(ring.buffer_bytes)} of host memory are between disk and compute, "
                 "whatever the context"
@@ -323,6 +309,31 @@ def _cpu_plan_with_disk(geometry: Geometry, options: Options, batch: int) -> Pla
         host_computes=True,
     )
     return _within_disk(plan, plan.disk_bytes)
+
+
+def _where_on_cpu(options: Options, geometry: Geometry, heads: tuple[int, ...]) -> str:
+    total = sum(layer.num_kv_heads for layer in geometry.full_layers)
+    if options.expected_tokens is None:
+        return f"layers move to {options.disk} once host memory is full"
+    if sum(heads) == total:
+        return "all are in host memory, attended in place; the disk is not needed"
+    return (
+        f"{sum(heads)} of {total} KV heads are in host memory, attended in place; the others are "
+        f"attended as they come from {options.disk}"
+    )
+
+
+def _check_buffers(budget: int | None, needed: int, what: str) -> None:
+    """Raises BudgetTooSmall if `budget` bytes of host memory do not even hold the buffers."""
+    if budget is None or needed <= budget:
+        return
+    raise BudgetTooSmall(
+        f"the way to and from the disk needs {format_bytes(needed)} of host memory ({what}); the host "
+        f"budget is {format_bytes(budget)}. Raise host_memory to {needed} bytes or more",
+        tier="host",
+        budget_bytes=budget,
+        needed_bytes=needed,
+    )
 
 
 def _within_disk(plan: Plan, needed: int) -> Plan:
@@ -588,16 +599,12 @@ def _with_spill(plan: Plan, size: int) -> Plan:
     room = plan.host_room
     if room is None or size <= room:
         return replace(plan, host_bytes=size)
-    if plan.budget.host_bytes is not None and plan.disk_buffer_bytes > plan.budget.host_bytes:
-        raise BudgetTooSmall(
-            f"the way to and from the disk needs {format_bytes(plan.disk_buffer_bytes)} of "
-            f"page-locked host memory, a buffer beside each of {plan.num_slots} staging slots; the "
-            f"host budget is {format_bytes(plan.budget.host_bytes)}. Raise host_memory to "
-            f"{plan.disk_buffer_bytes} bytes or more, or set a smaller tile_bytes",
-            tier="host",
-            budget_bytes=plan.budget.host_bytes,
-            needed_bytes=plan.disk_buffer_bytes,
-        )
+    _check_buffers(
+        plan.budget.host_bytes,
+        plan.disk_buffer_bytes,
+        f"page-locked: one beside each of {plan.num_slots} staging slots of "
+        f"{format_bytes(plan.slot_bytes)} (tile_bytes), and those of writes",
+    )
     below = size - room + len(plan.geometry.layers) * ALIGNMENT
     reason = (
         f"{format_bytes(size - room)} go to {plan.disk} once {format_bytes(room)} of host memory are "

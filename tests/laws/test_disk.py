@@ -253,3 +253,49 @@ def test_no_file_is_left_when_the_process_is_killed(tmp_path):
     child.wait()
     child.stdout.close()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_host_memory_stays_within_its_budget(tmp_path):
+    """2 GiB of keys and values under 1 GiB: the resident set, sampled while it fills and decodes.
+
+    `python benchmarks/disk.py --host-memory 2GiB --tokens 262144` has 8 GiB under 2.
+    """
+    program = f"""
+        import psutil, torch
+        from headinfer.attention.masks import Causal
+        from headinfer.budget import GIB, MemoryBudget
+        from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+        from headinfer.hf.backing import settings_of
+        from headinfer.hf.peak import PeakMemory
+        from headinfer.options import Options
+        from headinfer.plan import make_plan
+        from headinfer.runner import Runner
+        from headinfer.totals import Query
+        layer = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+        geometry, tokens = Geometry((layer,) * 8, 2, 4096, 14336, 1000), 65536
+        options = Options(
+            budget=MemoryBudget(None, GIB, 4 * GIB), disk={str(tmp_path)!r}, expected_tokens=tokens + 64
+        )
+        runner = Runner(settings_of(make_plan(geometry, options, device="cpu"), options, 0))
+        k = torch.randn((1, 8, 1024, 128), dtype=torch.bfloat16)
+        q = torch.randn((1, 32, 1, 128), dtype=torch.bfloat16)
+        torch.nn.functional.scaled_dot_product_attention(q, k.repeat(1, 4, 1, 1), q)
+        before = psutil.Process().memory_info().rss
+        with PeakMemory(torch.device("cpu")) as peak:
+            for start in range(0, tokens, 1024):
+                for index in range(8):
+                    runner.append(index, k, k)
+            for step in range(3):
+                for index in range(8):
+                    length = runner.append(index, k[:, :, :1], k[:, :, :1])
+                    runner.attend(index, length, Query(q, 0.1, Causal(length - 1), 128))
+        stats = runner.stats()
+        assert stats.host_bytes + stats.disk_bytes >= 2 * GIB, stats
+        print(peak.host_bytes - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1.05 * 2**30

@@ -291,6 +291,25 @@ class Runner:
             self._settle()
             for heads in layer.ranges:
                 heads.crop(length)
+            self._forget_lost(index, length)
+
+    def complete_tokens(self) -> int | None:
+        """The tokens before the first that could not be written to disk; None if all could."""
+        for engine in self._disk_engines():
+            engine.drain()
+        starts = [error.start for engine in self._disk_engines() for error in engine.lost]
+        return min(starts, default=None)
+
+    def _disk_engines(self) -> list[DiskEngine]:
+        engines = [link.engine for link in self._links.values()]
+        return [engine for engine in engines if isinstance(engine, DiskEngine)]
+
+    def _forget_lost(self, index: int, length: int) -> None:
+        """Tokens of a layer from `length` on are not held any more, lost or not."""
+        for engine in self._disk_engines():
+            engine.lost = [
+                error for error in engine.lost if error.layer != index or error.start < length
+            ]
 
     def reorder(self, index: int, rows: Sequence[int]) -> None:
         """Batch row i of a layer becomes what row `rows[i]` was; also repeats and selects."""
@@ -305,6 +324,7 @@ class Runner:
             self._settle()
             for heads in layer.ranges:
                 heads.clear()
+            self._forget_lost(index, 0)
 
     def clone(self) -> Runner:
         """An independent copy of everything stored."""

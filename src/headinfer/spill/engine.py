@@ -90,6 +90,9 @@ class DiskEngine:
         disk: where the rest lies.
         pin: buffers are page-locked.
         slot_bytes, num_slots: of the staging ring, which as many buffers of that size stand behind.
+
+    Attributes:
+        lost: writes that failed, until whoever crops or drops what they were of removes them.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class DiskEngine:
         self._written: deque[_Written] = deque()
         self._spare: list[Tensor] = []
         self._errors: list[DiskError] = []
+        self.lost: list[DiskError] = []
         self._thread: ThreadPoolExecutor | None = None
 
     @property
@@ -345,6 +349,7 @@ class DiskEngine:
                     continue
             except DiskError as error:
                 self._errors.append(error)
+                self.lost.append(error)
             block = False
             if begun.buffer is not None:
                 self._spare.append(begun.buffer)

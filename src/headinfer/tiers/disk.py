@@ -212,8 +212,8 @@ class DiskTier:
         return DiskError(
             f"{place.text} could not be moved to or from the disk at {self.folder}: {why}, after "
             f"{fault.done:,} of {fault.nbytes:,} bytes. What lies before token {place.start:,} is "
-            "complete: crop the cache to it, or reset it; then check the disk, or name another "
-            "folder with disk=",
+            "complete: crop the cache to it, with crop_to_complete(), or reset it; then check the disk, "
+            "or name another folder with disk=",
             path=str(self.folder),
             code=code,
             where=place.text,

@@ -150,8 +150,10 @@ class DiskEngine:
         self._pass_on()
         if lane is Lane.OUT:
             self._look_after_writes()
-            if self._errors:
-                raise self._errors.pop(0)
+            while self._errors:
+                error = self._errors.pop(0)
+                if error in self.lost:  # still of something that is held
+                    raise error
             down = [copy for copy in copies if copy.dst.is_meta]
             if down:
                 rest = [copy for copy in copies if not copy.dst.is_meta]

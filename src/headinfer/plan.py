@@ -568,6 +568,7 @@ def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
     tokens, geometry = plan.expected_tokens, plan.geometry
     if tokens is None:
+        _check_page_locked(plan)
         return plan
     spec: FormatSpec = FORMATS[plan.kv_format]
     size = 0
@@ -599,12 +600,7 @@ def _with_spill(plan: Plan, size: int) -> Plan:
     room = plan.host_room
     if room is None or size <= room:
         return replace(plan, host_bytes=size)
-    _check_buffers(
-        plan.budget.host_bytes,
-        plan.disk_buffer_bytes,
-        f"page-locked: one beside each of {plan.num_slots} staging slots of "
-        f"{format_bytes(plan.slot_bytes)} (tile_bytes), and those of writes",
-    )
+    _check_page_locked(plan)
     below = size - room + len(plan.geometry.layers) * ALIGNMENT
     reason = (
         f"{format_bytes(size - room)} go to {plan.disk} once {format_bytes(room)} of host memory are "
@@ -617,6 +613,15 @@ def _with_spill(plan: Plan, size: int) -> Plan:
         for layer in plan.geometry.full_layers
     )
     return _within_disk(found, below + largest)
+
+
+def _check_page_locked(plan: Plan) -> None:
+    _check_buffers(
+        plan.budget.host_bytes,
+        plan.disk_buffer_bytes,
+        f"page-locked: one beside each of {plan.num_slots} staging slots of "
+        f"{format_bytes(plan.slot_bytes)} (tile_bytes), and those of writes",
+    )
 
 
 def _gpu_too_small(

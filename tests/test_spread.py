@@ -22,6 +22,7 @@ from headinfer.options import Options
 from headinfer.plan import make_plan
 from headinfer.rates import Rates
 from headinfer.runner import Runner
+from headinfer.spread import buffers_beside_gpu
 from headinfer.totals import Query
 
 layers = st.builds(
@@ -179,3 +180,25 @@ def test_predicted_host_and_disk_are_at_least_what_is_measured(tokens, host):
     assert stats.disk_bytes >= plan.disk_bytes - 3 * 16 * KIB * 4
     assert stats.host_bytes + stats.staging_bytes + stats.tail_bytes <= host
     assert (stats.disk_bytes > 0) == (sum(plan.resident_heads) < 12)
+
+
+@pytest.mark.parametrize("tokens", [1000, 3000])
+@pytest.mark.parametrize("room", [100 * KIB, MIB])
+def test_spilling_takes_no_more_than_is_predicted(tokens, room):
+    """The path of a GPU, its copies made at once: segments go where there is room."""
+    geometry = Geometry((LayerGeometry(LayerKind.FULL, 4, 32, 32, 8),) * 3, 4, 256, 512, 100)
+    host = buffers_beside_gpu(2**14, 3) + room
+    options = Options(
+        budget=MemoryBudget(None, host, GIB), disk=tempfile.gettempdir(), expected_tokens=tokens,
+        staging=True, tile_bytes=2**14, num_slots=3,
+    )  # fmt: skip
+    plan = make_plan(geometry, options, device="cpu")
+    runner = Runner(settings_of(plan, options, 0))
+    for start in range(0, tokens, 250):
+        for layer in range(3):
+            k = torch.zeros(1, 4, min(250, tokens - start), 32)
+            runner.append(layer, k, k)
+    stats = runner.stats()
+    runner.close()
+    assert 0 < stats.disk_bytes <= plan.disk_bytes
+    assert stats.host_bytes <= plan.host_bytes == room

@@ -15,7 +15,7 @@ from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
-from headinfer.spread import buffers_beside_gpu, bytes_on_disk, heads_in_host, ring_on_cpu
+from headinfer.spread import PAGE, buffers_beside_gpu, bytes_on_disk, heads_in_host, ring_on_cpu
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -238,6 +238,9 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             host_bytes=0,
             reasons=(f"the model computes on the CPU: keys and values are {where}",),
             disk=options.disk,
+            disk_buffer_bytes=0
+            if options.disk is None
+            else buffers_beside_gpu(slot_bytes, num_slots),
         )
     )
 
@@ -601,18 +604,20 @@ def _with_spill(plan: Plan, size: int) -> Plan:
     if room is None or size <= room:
         return replace(plan, host_bytes=size)
     _check_page_locked(plan)
-    below = size - room + len(plan.geometry.layers) * ALIGNMENT
+    tokens, geometry = plan.expected_tokens or 0, plan.geometry
+    # A segment lies in one of the two: of host memory, up to the largest one may stay unused.
+    most = min(tokens, max(tokens // 2, 8 * BLOCK_TOKENS, plan.chunk_tokens))
+    largest = max(
+        plan.batch * layer.kv_bytes(most, geometry.itemsize) for layer in geometry.full_layers
+    )
+    segments = len(geometry.layers) * (2 + max(tokens // (8 * BLOCK_TOKENS), 1).bit_length())
+    below = min(size, size - room + largest) + segments * PAGE
     reason = (
         f"{format_bytes(size - room)} go to {plan.disk} once {format_bytes(room)} of host memory are "
         f"full; {format_bytes(plan.disk_buffer_bytes)} of it are between disk and GPU"
     )
     found = replace(plan, host_bytes=room, disk_bytes=below, reasons=(*plan.reasons, reason))
-    # A segment lies in one of the two: of host memory, up to the largest one may stay unused.
-    largest = max(
-        plan.batch * layer.kv_bytes((plan.expected_tokens or 0) // 2, plan.geometry.itemsize)
-        for layer in plan.geometry.full_layers
-    )
-    return _within_disk(found, below + largest)
+    return _within_disk(found, below)
 
 
 def _check_page_locked(plan: Plan) -> None:

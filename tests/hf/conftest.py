@@ -37,8 +37,8 @@ ON_DISK = {
     "num_slots": 3,
     "poison": True,
 }
-# Buffers beside the ring take 32 MiB of it.
-SPILLING = {**STAGED, "disk": tempfile.gettempdir(), "host_memory": 33 * 2**20}
+# Buffers between ring and disk take all but 48 KiB of it.
+SPILLING = {**STAGED, "disk": tempfile.gettempdir(), "host_memory": 32 * 2**20 + 2**17}
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,

@@ -40,7 +40,7 @@ PLACEMENTS = {
 DISK = {"disk": tempfile.gettempdir(), "tile_bytes": 4096, "num_slots": 3, "poison": True}
 PLACEMENTS["on disk"] = {**DISK, "resident_heads": 0}
 PLACEMENTS["host and disk"] = {**DISK, "resident_heads": 1}
-PLACEMENTS["spilling"] = {**PLACEMENTS["staged"], **DISK, "host_memory": 33 * 2**20}
+PLACEMENTS["spilling"] = {**PLACEMENTS["staged"], **DISK, "host_memory": 32 * 2**20 + 2**17}
 KINDS = (
     "llama",
     "gemma2",

@@ -151,6 +151,26 @@ def test_a_read_that_fails_is_named_and_the_next_one_works(tmp_path, kind, code)
     runner.close()
 
 
+def test_a_read_that_fails_beside_the_cpus_attention_is_named_too(tmp_path):
+    """All heads are attended by the CPU as they come from disk; what comes late or not at all."""
+    trouble = Trouble(seed=4)
+    runner = make(tmp_path, trouble=trouble, near_share=1.0)
+    calm = make(tmp_path, near_share=1.0)
+    assert torch.equal(history(runner), history(calm))
+    assert runner.stats().near_bytes > 0
+    trouble.read_code = errno.EIO
+    with pytest.raises(DiskError, match=r"layer \d, head \d: (keys|values) of tokens \d"):
+        forward(runner, torch.Generator().manual_seed(9), 1)
+    trouble.read_code = None
+    for layer in range(LAYERS):
+        runner.crop(layer, 595)
+    again = forward(runner, torch.Generator().manual_seed(9), 1)
+    expected = forward(calm, torch.Generator().manual_seed(9), 1)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    runner.close()
+    calm.close()
+
+
 @pytest.mark.parametrize("kind", ["spill", "cpu"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_write_that_fails_is_named_and_what_was_written_stays(tmp_path, kind, code):

@@ -71,7 +71,7 @@ def copy_segment(
     """Contiguous `dst` holds what `src` does; one or both lie on the disk given for it."""
     to, come = dst.reshape(-1), src.reshape(-1)
     step = READ_BYTES // dst.element_size()
-    host = torch.empty(min(step, to.numel()), dtype=dst.dtype)
+    host = torch.empty(min(step, to.numel()), dtype=dst.dtype, device="cpu")
     for start in range(0, to.numel(), step):
         part = slice(start, start + step)
         here = host[: to[part].numel()]
@@ -96,7 +96,7 @@ def _begin(disk: DiskTier, run: Run, k: Tensor, v: Tensor, span: Span) -> tuple[
     ops, found = [], []
     for stored in (k, v):
         size = (stored.shape[0], len(rows), span.tokens, stored.shape[3])
-        memory = torch.empty(size, dtype=stored.dtype)
+        memory = torch.empty(size, dtype=stored.dtype, device="cpu")
         for head in range(stored.shape[0]):
             for row, written in enumerate(rows):
                 if memory.numel():

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface of the native library: attention of a few query rows over keys and values that
-// lie in host memory, and two jobs of the same thread pool on plain memory.
+// lie in host memory, two jobs of the same thread pool on plain memory, and a queue of reads and
+// writes of a file, which has threads of its own.
 //
 // Every function may be called from any thread; calls that need the pool wait for each other.
 // Memory is read and written only inside what the shapes and strides describe.
@@ -89,6 +90,50 @@ HEADINFER_EXPORT int32_t headinfer_touch(void *memory, int64_t nbytes, int32_t t
 // Reads [memory, memory + nbytes) once with all threads; `seconds` is the wall time it took.
 HEADINFER_EXPORT int32_t headinfer_read(const void *memory, int64_t nbytes, int32_t threads,
                                         double *seconds);
+
+// What a queue is to move: `nbytes` at `offset` of the file, from or to `memory`.
+typedef struct headinfer_disk_op {
+  int64_t offset;
+  void *memory;
+  int64_t nbytes;
+} headinfer_disk_op;
+
+// Where a job failed first; code is 0 if it did not. `done` bytes of `nbytes` had been moved.
+typedef struct headinfer_disk_fault {
+  int32_t code;  // errno, or HEADINFER_DISK_SHORT
+  int64_t offset, nbytes, done;
+} headinfer_disk_fault;
+
+// The file ended before the bytes asked for.
+#define HEADINFER_DISK_SHORT (-1)
+
+// A queue on `fd`, which stays open until the queue is closed. `alignment` is what direct I/O needs
+// of offsets, sizes and memory; 0 where the file is not opened for it. Null if it cannot be had.
+HEADINFER_EXPORT void *headinfer_disk_open(int32_t fd, int64_t alignment, int64_t piece_bytes,
+                                           int32_t threads);
+
+// The number of a new job, larger than all before; -1 without memory. Reads wait for the writes
+// numbered up to `after`. Bytes that a write failed to change cannot be read until another has.
+HEADINFER_EXPORT int64_t headinfer_disk_job(void *queue, int32_t write, int64_t after);
+
+// Begins a job; the memory stays, unchanged, until it is over.
+HEADINFER_EXPORT int32_t headinfer_disk_start(void *queue, int64_t job,
+                                              const headinfer_disk_op *ops, int64_t count);
+
+// Ends a job that was not begun, as failed with `code`.
+HEADINFER_EXPORT int32_t headinfer_disk_fail(void *queue, int64_t job, int32_t code,
+                                             const headinfer_disk_op *ops, int64_t count);
+
+// 1 if a job is over, after waiting for it if told to `block`; 0 if not. `forget` drops its record,
+// and a job that is not known any more is over, without a fault.
+HEADINFER_EXPORT int32_t headinfer_disk_ask(void *queue, int64_t job, int32_t block, int32_t forget,
+                                            headinfer_disk_fault *fault);
+
+// Returns when no job is under way.
+HEADINFER_EXPORT void headinfer_disk_drain(void *queue);
+
+// Ends the threads; nothing may be under way or waited for.
+HEADINFER_EXPORT void headinfer_disk_close(void *queue);
 
 #ifdef __cplusplus
 }

@@ -38,10 +38,14 @@ class MemoryBudget:
 
     gpu_bytes: int | None = None
     host_bytes: int | None = None
+    disk_bytes: int | None = None
 
     @classmethod
     def parse(
-        cls, gpu_memory: str | int | None = None, host_memory: str | int | None = None
+        cls,
+        gpu_memory: str | int | None = None,
+        host_memory: str | int | None = None,
+        disk_memory: str | int | None = None,
     ) -> MemoryBudget:
         """Budget from sizes as users write them.
 
@@ -53,6 +57,9 @@ class MemoryBudget:
             host_bytes=None
             if host_memory is None
             else parse_bytes(host_memory, name="host_memory"),
+            disk_bytes=None
+            if disk_memory is None
+            else parse_bytes(disk_memory, name="disk_memory"),
         )
 
 

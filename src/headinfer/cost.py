@@ -25,6 +25,7 @@ NOT_HIDDEN = 0.1
 memory's bandwidth, and neither starts or ends with the other. An assumption."""
 ANSWER_TOKENS = 64
 """Of a request whose prompt is all that is known."""
+DISK = "disk read rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +127,14 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     }
     host_s = _host_s(plan, rates)
     parts = {**compute, "launching": host_s}
-    if rates.h2d_bytes_s is None:  # a CPU does one thing after another
-        return _one_by_one(parts)
+    disk = _disk_paths(plan, rates, past)
+    if rates.h2d_bytes_s is None:  # a CPU does one thing after another, while threads read a disk
+        return _beside(_one_by_one(parts), disk)
     paths = {"compute": sum(compute.values()), "launching": host_s}
     paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
     if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
-        paths["page-locking"] = offloaded_bytes(plan, new) / GIB * rates.pin_s_per_gib
+        paths["page-locking"] = _new_host_bytes(plan, past, new) / GIB * rates.pin_s_per_gib
+    paths |= disk
     found = _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
     hidden = sum(paths.values()) - found.seconds
     return replace(found, seconds=found.seconds + NOT_HIDDEN * hidden)
@@ -141,7 +144,7 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     """A forward pass over one token after `length`."""
     geometry, batch = plan.geometry, plan.batch
     everything = geometry.kv_bytes(length, batch=batch)
-    offloaded = offloaded_bytes(plan, length) if plan.staging else 0
+    offloaded = offloaded_bytes(plan, length) if plan.staging and not plan.host_computes else 0
     device = {
         "weights": token_bytes(geometry) / rates.weight_bytes_s,
         "bringing weights": moved_weights_s(geometry, rates),
@@ -154,7 +157,7 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     host_s = _host_s(plan, rates)
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
-        return _one_by_one(parts)
+        return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
     chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
     near_s = 0.0
@@ -162,9 +165,12 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         near_s = near_share * offloaded / rates.near_bytes_s
     parts["near-data attention"] = near_s
     parts["streaming"] = (1 - near_share) * offloaded / rates.h2d_bytes_s
-    found = _slowest({"chain": chain + near_s, "streaming": parts["streaming"]}, parts)
+    paths = {"chain": chain + near_s, "streaming": parts["streaming"]}
+    disk = _disk_paths(plan, rates, length)
+    paths, parts = paths | disk, parts | disk
+    found = _slowest(paths, parts)
     if found.limit == "chain":
-        waits = {name: parts[name] for name in parts if name != "streaming"}
+        waits = {name: parts[name] for name in parts if name not in paths}
         return StepTime(found.seconds, parts, max(waits, key=lambda name: waits[name]))
     return found
 
@@ -246,12 +252,46 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
     return total
 
 
+def disk_bytes(plan: Plan, tokens: int) -> int:
+    """Bytes of keys and values that lie on disk, over `tokens` tokens."""
+    if plan.disk is None:
+        return 0
+    below = offloaded_bytes(plan, tokens)
+    room = plan.host_room
+    if plan.host_computes:
+        return below
+    return 0 if room is None else max(below - room, 0)
+
+
+def _new_host_bytes(plan: Plan, past: int, new: int) -> int:
+    """Bytes of host memory that a chunk is the first to need."""
+    after, before = past + new, past
+    below = offloaded_bytes(plan, after) - offloaded_bytes(plan, before)
+    return below - (disk_bytes(plan, after) - disk_bytes(plan, before))
+
+
+def _disk_paths(plan: Plan, rates: Rates, tokens: int) -> dict[str, float]:
+    """Seconds that a pass after `tokens` tokens reads from disk, beside everything else; none where
+    nothing lies there, or its rate is not known."""
+    below = disk_bytes(plan, tokens)
+    return {DISK: below / rates.disk_read_bytes_s} if below and rates.disk_read_bytes_s else {}
+
+
 def _host_s(plan: Plan, rates: Rates) -> float:
     return len(plan.geometry.layers) * rates.layer_s + rates.token_s
 
 
 def _one_by_one(parts: dict[str, float]) -> StepTime:
     return StepTime(sum(parts.values()), parts, max(parts, key=lambda name: parts[name]))
+
+
+def _beside(step: StepTime, others: dict[str, float]) -> StepTime:
+    """`step` while `others` go on: the slowest decides."""
+    parts = step.parts | others
+    limit = max(others, key=lambda name: others[name], default=step.limit)
+    if others.get(limit, 0.0) <= step.seconds:
+        return replace(step, parts=parts)
+    return StepTime(others[limit], parts, limit)
 
 
 def _slowest(paths: dict[str, float], parts: dict[str, float]) -> StepTime:

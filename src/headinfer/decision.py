@@ -36,6 +36,10 @@ class Plan:
         gpu_parts: predicted peak on the GPU, part by part, bytes.
         host_bytes: predicted keys and values in host memory, bytes; 0 if the length is unknown.
         reasons: one line per decision.
+        disk: folder of the file that takes what host memory does not; None without one.
+        disk_bytes: predicted keys and values there, bytes; 0 if the length is unknown.
+        disk_buffer_bytes: host memory between disk and compute, part of the host budget.
+        host_computes: the CPU attends heads in host memory in place, and those on disk as they come.
     """
 
     geometry: Geometry
@@ -55,6 +59,17 @@ class Plan:
     gpu_parts: dict[str, int]
     host_bytes: int
     reasons: tuple[str, ...] = ()
+    disk: str | None = None
+    disk_bytes: int = 0
+    disk_buffer_bytes: int = 0
+    host_computes: bool = False
+
+    @property
+    def host_room(self) -> int | None:
+        """Host memory for keys and values: the budget less what a disk needs of it."""
+        if self.budget.host_bytes is None:
+            return None
+        return max(self.budget.host_bytes - self.disk_buffer_bytes, 0)
 
     @property
     def staging(self) -> bool:
@@ -102,6 +117,10 @@ class Plan:
             "predicted_gpu_parts": dict(self.gpu_parts),
             "predicted_gpu_bytes": self.gpu_bytes,
             "predicted_host_bytes": self.host_bytes,
+            "disk": self.disk,
+            "disk_budget_bytes": self.budget.disk_bytes,
+            "predicted_disk_bytes": self.disk_bytes,
+            "disk_buffer_bytes": self.disk_buffer_bytes,
             "reasons": list(self.reasons),
         }
 
@@ -120,4 +139,6 @@ class Plan:
             lines.append(f"GPU peak, predicted: {format_bytes(self.gpu_bytes)} ({parts})")
         if self.expected_tokens is not None:
             lines.append(f"keys and values in host memory: {format_bytes(self.host_bytes)}")
+            if self.disk_bytes:
+                lines.append(f"keys and values on disk: {format_bytes(self.disk_bytes)}")
         return "\n".join([*lines, *(f"- {reason}" for reason in self.reasons)])

@@ -12,6 +12,7 @@
     ├── GpuOutOfMemory (RuntimeError)   ... during a prefill; the cache stays usable
     ├── TierError (RuntimeError)        memory of a tier
     │   ├── TierFull                    ... is used up; carries the numbers
+    │   ├── DiskError                   ... could not be read or written; names layer, head, tokens
     │   └── TierClosed                  ... was used after close
     ├── SnapshotError (RuntimeError)    a saved context
     │   ├── SnapshotMismatch            ... was made by another model; carries what differs
@@ -44,7 +45,7 @@ class BudgetTooSmall(PlanError):
     """A memory budget is smaller than the least that works.
 
     Attributes:
-        tier: "gpu" or "host".
+        tier: "gpu", "host" or "disk".
         budget_bytes: what was allowed.
         needed_bytes: the smallest budget of this tier that works for the same request.
     """
@@ -106,7 +107,7 @@ class TierFull(TierError):
     """A tier's budget is used up.
 
     Attributes:
-        tier: "gpu" or "host".
+        tier: "gpu", "host" or "disk".
         budget_bytes: the tier's budget.
         used_bytes: what is allocated already.
         asked_bytes: what was asked on top.
@@ -120,6 +121,28 @@ class TierFull(TierError):
         self.budget_bytes = budget_bytes
         self.used_bytes = used_bytes
         self.asked_bytes = asked_bytes
+
+
+class DiskError(TierError):
+    """Keys or values on disk could not be read or written; what else is held stays usable.
+
+    Attributes:
+        path: the folder.
+        code: the system's error number; 0 where a file ended too early.
+        where: layer, head and tokens.
+        layer: layer number, -1 if it is not known.
+        start: first token of those that are not there; the cache can be cropped to it.
+    """
+
+    def __init__(
+        self, message: str, *, path: str, code: int, where: str, layer: int = -1, start: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.code = code
+        self.where = where
+        self.layer = layer
+        self.start = start
 
 
 class TierClosed(TierError):

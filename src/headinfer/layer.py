@@ -15,6 +15,21 @@ from headinfer.layout import HeadGroup
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSettings:
+    """The disk below host memory.
+
+    Attributes:
+        folder: where its file is.
+        budget_bytes: how large the file may become; None for what is free.
+        planned_bytes: how large it will become, set aside at once; 0 if that is not known.
+    """
+
+    folder: str
+    budget_bytes: int | None = None
+    planned_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerSettings:
     """What the plan decided.
 
@@ -33,6 +48,9 @@ class RunnerSettings:
         attention: implementation to insist on, or "auto".
         near_share: of the offloaded heads, the share the CPU attends in passes of few tokens.
         near_adapts: that share follows what ends last, the CPU or the stream.
+        disk: takes what the host budget does not; None for no disk.
+        host_computes: with a disk, heads attended in host memory are resident ones, and offloaded
+            heads lie on disk: the compute device is the CPU.
         poison: NaN-fill staging slots on release (for tests).
     """
 
@@ -49,6 +67,8 @@ class RunnerSettings:
     attention: str = AUTO
     near_share: float = 0.0
     near_adapts: bool = False
+    disk: DiskSettings | None = None
+    host_computes: bool = False
     poison: bool = False
 
 
@@ -85,7 +105,8 @@ class Layer:
 class Stats:
     """What a runner did and holds: bytes unless the name says tiles or heads.
 
-    `near_heads` are those the CPU attends now, `near_bytes` what it has read of them.
+    `near_heads` are those the CPU attends now, `near_bytes` what it has read of them. `disk_bytes`
+    are held on disk; `host_bytes` are keys and values, without the buffers between host and disk.
     """
 
     host_bytes: int = 0
@@ -99,6 +120,9 @@ class Stats:
     demoted_heads: int = 0
     near_heads: int = 0
     near_bytes: int = 0
+    disk_bytes: int = 0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -17,6 +17,7 @@ from headinfer.layer import RunnerSettings
 from headinfer.layout import Tile, aligned
 from headinfer.near import NearData
 from headinfer.schedule import Schedule
+from headinfer.spill import DiskEngine
 from headinfer.transfer import CudaEngine, InlineEngine, Loader, StagingRing, TransferEngine
 
 
@@ -57,11 +58,14 @@ class Link:
                 )
             return
         size = settings.slot_bytes + aligned(1)
+        # What direct I/O reads into and writes from begins on a page.
+        pages = engine.buffer if isinstance(engine, DiskEngine) and engine.straight else None
         slots = [
-            torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
+            torch.empty(size, dtype=torch.uint8, device=device) if pages is None else pages(size)
+            for _ in range(settings.num_slots)
         ]
         self.ring = StagingRing(engine, slots, load, poison=settings.poison)
-        self.buffers = WriteBuffers(engine, device, settings.write_bytes)
+        self.buffers = WriteBuffers(engine, device, settings.write_bytes, pages)
         self.schedule = Schedule(tiles_of)
         self.staging_bytes = settings.num_slots * settings.slot_bytes + 2 * settings.write_bytes
         if settings.near_share or settings.near_adapts:

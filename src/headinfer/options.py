@@ -28,10 +28,12 @@ class Options:
         tile_bytes: size of a staging slot.
         num_slots: staging slots.
         staging: stage tiles through the ring even where host memory can be read in place.
-        resident_heads: KV heads per layer that never leave the GPU.
+        resident_heads: KV heads per layer that never leave the GPU; on a CPU with a disk, those that
+            never leave host memory.
         near_data: share of the offloaded heads that the CPU attends in decode, 0 (all stream) to 1;
             fixed, so that runs repeat bit by bit. None: chosen, and adapted while running.
         attention: attention implementation to insist on, or "auto".
+        disk: folder for keys and values that host memory has no room for; None uses no disk.
         poison: NaN-fill staging slots on release (for tests).
         rates: of the machine, where they were measured; not for users to give.
         budget_reasons: one line for every budget that the machine decided; not for users to give.
@@ -48,6 +50,7 @@ class Options:
     resident_heads: int | None = None
     near_data: float | None = None
     attention: str = "auto"
+    disk: str | None = None
     poison: bool = False
     rates: Rates | None = None
     budget_reasons: tuple[str, ...] = ()
@@ -66,6 +69,11 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r} is not usable; give a whole number >= {least}")
+        if self.disk is None and self.budget.disk_bytes is not None:
+            raise InputError(
+                f"disk_memory={self.budget.disk_bytes} was given, but no folder for it; name one with "
+                "disk='/path/to/folder'"
+            )
         near = self.near_data
         if near is not None:
             if isinstance(near, bool) or not isinstance(near, (int, float)) or not 0 <= near <= 1:

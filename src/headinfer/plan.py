@@ -28,6 +28,7 @@ from headinfer.footprint import (
 from headinfer.geometry import FORMATS, FormatSpec, Geometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
+from headinfer.spread import buffers_beside_gpu, check_page_locked, plan_on_cpu, with_spill
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -61,6 +62,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             "the CPU; move it to a GPU, or leave gpu_memory out"
         )
     staging = bool(options.staging)
+    if options.disk is not None and not staging:
+        return plan_on_cpu(geometry, options, batch, chunk=options.chunk_tokens or CPU_CHUNK_TOKENS)
     if options.resident_heads and not staging:
         raise InputError(
             f"resident_heads={options.resident_heads} was given, but on a CPU every head is "
@@ -93,6 +96,10 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             gpu_parts={},
             host_bytes=0,
             reasons=(f"the model computes on the CPU: keys and values are {where}",),
+            disk=options.disk,
+            disk_buffer_bytes=0
+            if options.disk is None
+            else buffers_beside_gpu(slot_bytes, num_slots),
         )
     )
 
@@ -122,7 +129,28 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             break
     if refused is not None and not fitting:
         raise refused
-    return _with_near_reason(_quickest(fitting, options))
+    return _with_near_reason(_quickest([*fitting, *_longer(fitting[0], options)], options))
+
+
+def _longer(plan: Plan, options: Options) -> Iterator[Plan]:
+    """`plan` with chunks twice as long and again, as far as the GPU has room for them: every chunk
+    reads the disk once. Up to the length whose attention hides that."""
+    rates, budget = options.rates, plan.budget.gpu_bytes
+    hiding = hiding_tokens(plan.geometry, options)
+    if options.chunk_tokens is not None or not plan.disk_bytes:
+        return
+    if rates is None or hiding is None or not rates.disk_read_bytes_s or not rates.h2d_bytes_s:
+        return
+    wanted, chunk = hiding * rates.h2d_bytes_s / rates.disk_read_bytes_s, plan.chunk_tokens
+    while chunk < wanted and 2 * chunk <= (plan.expected_tokens or 0):
+        chunk *= 2
+        longer = _streaming_plan(plan.geometry, options, plan.batch, chunk)
+        if budget is not None and longer.gpu_bytes > budget:
+            return
+        try:
+            yield _with_host(_with_residents(longer, options))
+        except BudgetTooSmall:  # no room for resident_heads, or fewer heads leave too much to disk
+            return
 
 
 def _chunks_to_try(chunk: int, options: Options, batch: int) -> Iterator[int]:
@@ -135,8 +163,9 @@ def _chunks_to_try(chunk: int, options: Options, batch: int) -> Iterator[int]:
 
 
 def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
-    """Of plans with ever shorter chunks, which leave room for ever more resident heads, the one
-    whose request is predicted to take least; the first where nothing predicts.
+    """Of plans with shorter chunks, which leave room for more resident heads, and with longer ones,
+    which read a disk less often, the one whose request is predicted to take least; the first where
+    nothing predicts.
 
     Every plan gets quicker with more memory, and more of them fit: so does the best.
     """
@@ -147,9 +176,11 @@ def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
     best = min(range(len(fitting)), key=lambda place: seconds[place])
     if best == 0:
         return fitting[0]
+    shorter = fitting[best].chunk_tokens < fitting[0].chunk_tokens
     reason = (
-        f"a chunk of {fitting[0].chunk_tokens:,} tokens would fit, too, but leave room for fewer "
-        f"heads: {seconds[0]:.1f} s instead of {seconds[best]:.1f} s for the prompt and "
+        f"a chunk of {fitting[0].chunk_tokens:,} tokens would fit, too, but "
+        f"{'leave room for fewer heads' if shorter else 'read the disk more often'}: "
+        f"{seconds[0]:.1f} s instead of {seconds[best]:.1f} s for the prompt and "
         f"{ANSWER_TOKENS} tokens"
     )
     return replace(fitting[best], reasons=(*fitting[best].reasons, reason))
@@ -211,6 +242,8 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         gpu_parts={name: size for name, size in parts.items() if size},
         host_bytes=0,
         reasons=tuple(reasons),
+        disk=options.disk,
+        disk_buffer_bytes=0 if options.disk is None else buffers_beside_gpu(slot_bytes, num_slots),
     )
 
 
@@ -294,8 +327,11 @@ def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
     tokens = plan.expected_tokens
     if tokens is None:
+        check_page_locked(plan)
         return plan
     size = _host_bytes(plan, tokens)
+    if plan.disk is not None:
+        return with_spill(plan, size)
     budget = plan.budget.host_bytes
     if budget is not None and size > budget:
         raise _host_too_small(plan, tokens, size, budget)
@@ -321,11 +357,12 @@ def _host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetTo
     # Rounding to blocks and alignment may be in the way of the last few tokens.
     while shorter > 0 and _host_bytes(plan, shorter) > budget:
         shorter -= max(shorter // 100, 1)
-    remedy = f", or shorten the context to {shorter:,} tokens" if shorter else ""
+    remedy = f", shorten the context to {shorter:,} tokens" if shorter else ""
     return BudgetTooSmall(
         f"{plan.geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
         f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
-        f"Raise host_memory to {size} bytes ({format_bytes(size)}){remedy}",
+        f"Raise host_memory to {size} bytes ({format_bytes(size)}){remedy}, or let what does not "
+        "fit lie on a fast disk with disk=FOLDER",
         tier="host",
         budget_bytes=budget,
         needed_bytes=size,

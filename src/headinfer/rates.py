@@ -52,6 +52,7 @@ class Rates:
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
         pageable_bytes_s: host to device from memory that is not page-locked.
         block_rows: tokens at once that `block_flops` was measured with.
+        disk_read_bytes_s, disk_write_bytes_s: of the folder a run is given; None without one.
         seconds: how long measuring took.
     """
 
@@ -70,6 +71,8 @@ class Rates:
     pin_s_per_gib: float | None = None
     pageable_bytes_s: float = PAGEABLE_BYTES_S
     block_rows: int = BLOCK_ROWS
+    disk_read_bytes_s: float | None = None
+    disk_write_bytes_s: float | None = None
     seconds: float = 0.0
     version: int = field(default=VERSION)
 
@@ -126,6 +129,11 @@ class Rates:
                 f"{self.token_s * 1e3:.2f} ms more"
             ),
         ]
+        if self.disk_read_bytes_s is not None:
+            lines.append(
+                f"  the disk is read at {gb(self.disk_read_bytes_s)}, written at "
+                f"{gb(self.disk_write_bytes_s)}"
+            )
         if self.h2d_bytes_s is not None:
             pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"
             lines += [

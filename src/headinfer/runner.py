@@ -21,11 +21,13 @@ from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
 from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, SavedLayer, of_group
-from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
+from headinfer.layer import DiskSettings, Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
 from headinfer.near import host_query
-from headinfer.tiers import DeviceTier, HostTier
+from headinfer.spill import DiskEngine, SpillTier, queue_for
+from headinfer.tiers import DeviceTier, DiskTier, HostTier, Tier
+from headinfer.tiers.disk import QueueFactory
 from headinfer.totals import Query, Total
 from headinfer.transfer import Copy, Ticket, TransferEngine
 
@@ -49,12 +51,15 @@ class Runner:
         settings: RunnerSettings,
         *,
         engine: Callable[[torch.device], TransferEngine] | None = None,
+        disk_queue: QueueFactory = queue_for,
     ) -> None:
         self.settings = settings
+        self._disk_queue = disk_queue
         self.layers: dict[int, Layer] = {}
         self._engine_for = engine or default_engine
         self._links: dict[torch.device, Link] = {}
         self._host: HostTier | None = None
+        self._disk: DiskTier | None = None
         self._device_tiers: dict[torch.device, DeviceTier] = {}
         self._balance = Balance(settings.near_share, settings.near_adapts)
         self._near_now = False
@@ -102,12 +107,17 @@ class Runner:
         """
         layer = self._new_layer(index, saved.shape, saved.device)
         self.layers[index] = layer
+        if (
+            self.settings.disk is not None
+        ):  # pages of a mapped file would be memory beyond the budget
+            saved = saved._replace(adopt=lambda heads, capacity: None)
         found: list[Unfilled] = []
         try:
             for place in range(len(layer.ranges)):
                 views = self._restore_range(layer, place, saved)
                 if views is not None:
-                    found.append(Unfilled(layer.ranges[place].heads, *views))
+                    heads = layer.ranges[place]
+                    found.append(Unfilled(heads.heads, *views, heads.put))
         except BaseException:
             self.drop(index)
             raise
@@ -120,9 +130,9 @@ class Runner:
         try:
             return heads.restore(saved)
         except TierFull as full:
-            if full.tier != DeviceTier.name:
+            if isinstance(heads, OffloadedHeads) or full.tier != self._resident_tier:
                 raise
-        below = layer.ranges[place] = self._offloaded(layer.shape, layer.device, heads.heads)
+        below = layer.ranges[place] = self._offloaded(layer, heads.heads)
         self.demoted_heads += heads.heads.heads
         return below.restore(saved)
 
@@ -135,15 +145,15 @@ class Runner:
         try:
             heads.append(k[:, mine], v[:, mine])
         except TierFull as full:
-            if full.tier != DeviceTier.name:
+            if full.tier != self._resident_tier:
                 raise
             below = self._demote(layer, place, heads)
             below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
 
     def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
-        """Resident heads go to host memory, and stay there; takes as long as copying them."""
+        """Resident heads go a tier down, and stay there; takes as long as copying them."""
         self.before_change()
-        below = self._offloaded(layer.shape, layer.device, heads.heads)
+        below = self._offloaded(layer, heads.heads)
         try:
             for piece in heads.pieces(heads.store.length):
                 below.append(piece.k, piece.v, self._links[layer.device].buffers)
@@ -279,6 +289,25 @@ class Runner:
             self._settle()
             for heads in layer.ranges:
                 heads.crop(length)
+            self._forget_lost(index, length)
+
+    def complete_tokens(self) -> int | None:
+        """The tokens before the first that could not be written to disk; None if all could."""
+        for engine in self._disk_engines():
+            engine.drain()
+        starts = [error.start for engine in self._disk_engines() for error in engine.lost]
+        return min(starts, default=None)
+
+    def _disk_engines(self) -> list[DiskEngine]:
+        engines = [link.engine for link in self._links.values()]
+        return [engine for engine in engines if isinstance(engine, DiskEngine)]
+
+    def _forget_lost(self, index: int, length: int) -> None:
+        """Tokens of a layer from `length` on are not held any more, lost or not."""
+        for engine in self._disk_engines():
+            engine.lost = [
+                error for error in engine.lost if error.layer != index or error.start < length
+            ]
 
     def reorder(self, index: int, rows: Sequence[int]) -> None:
         """Batch row i of a layer becomes what row `rows[i]` was; also repeats and selects."""
@@ -293,10 +322,11 @@ class Runner:
             self._settle()
             for heads in layer.ranges:
                 heads.clear()
+            self._forget_lost(index, 0)
 
     def clone(self) -> Runner:
         """An independent copy of everything stored."""
-        twin = Runner(self.settings, engine=self._engine_for)
+        twin = Runner(self.settings, engine=self._engine_for, disk_queue=self._disk_queue)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
             engine = twin._links[layer.device].engine
@@ -315,9 +345,11 @@ class Runner:
         self._links.clear()
         if self._host is not None:
             self._host.close()
+        if self._disk is not None:
+            self._disk.close()
         for tier in self._device_tiers.values():
             tier.close()
-        self._host = None
+        self._host = self._disk = None
         self._device_tiers.clear()
 
     def __del__(self) -> None:
@@ -346,6 +378,10 @@ class Runner:
         found.demoted_heads = self.demoted_heads
         if self._host is not None:
             found.host_bytes = self._host.used_bytes
+        if self._disk is not None:
+            found.disk_bytes = self._disk.used_bytes
+            found.disk_read_bytes = self._disk.read_bytes
+            found.disk_written_bytes = self._disk.written_bytes
         found.resident_bytes = sum(tier.used_bytes for tier in self._device_tiers.values())
         return found
 
@@ -394,40 +430,48 @@ class Runner:
             resident = min(planned[index] if index < len(planned) else 0, count)
         ranges: list[DirectHeads | OffloadedHeads] = []
         if resident:
-            # Without staging the tier compute reads in place is host memory itself.
-            tier = self._device_tier(device) if settings.staging else self._host_tier()
             ranges.append(
                 DirectHeads(
-                    tier,
+                    self._resident_tier_of(device),
                     shape,
                     HeadGroup(0, resident),
                     expected_tokens=settings.expected_tokens,
                 )
             )
-        if resident < count:
-            ranges.append(self._offloaded(shape, device, HeadGroup(resident, count)))
         layer = Layer(index, shape, device, ranges)
+        if resident < count:
+            ranges.append(self._offloaded(layer, HeadGroup(resident, count)))
         self._share_out(layer)
         return layer
 
-    def _offloaded(self, shape: KVShape, device: torch.device, heads: HeadGroup) -> OffloadedHeads:
+    def _offloaded(self, layer: Layer, heads: HeadGroup) -> OffloadedHeads:
         return OffloadedHeads(
-            self._host_tier(),
-            shape,
+            self._offloaded_tier(),
+            layer.shape,
             heads,
-            engine=self._links[device].engine,
-            device=device,
+            engine=self._links[layer.device].engine,
+            device=layer.device,
             fmt=format_named(self.settings.kv_format),
             expected_tokens=self.settings.expected_tokens,
+            layer=layer.index,
         )
 
     def _prepare_device(self, device: torch.device) -> None:
         """Streams and buffers, once per compute device and never again."""
         if device not in self._links:
+            engine = self._engine_for(device)
+            if self.settings.disk is not None:
+                engine = DiskEngine(
+                    engine,
+                    self._disk_tier(self.settings.disk),
+                    pin=device.type == "cuda",
+                    slot_bytes=self.settings.slot_bytes,
+                    num_slots=self.settings.num_slots,
+                )
             self._links[device] = Link(
                 device,
                 self.settings,
-                self._engine_for(device),
+                engine,
                 _weakly(self._load),
                 _weakly(self._tiles_of_layer),
             )
@@ -461,12 +505,41 @@ class Runner:
             epoch=heads.store.epoch,
         )
 
-    def _tier(
-        self, heads: DirectHeads | OffloadedHeads, device: torch.device
-    ) -> HostTier | DeviceTier:
-        if isinstance(heads, DirectHeads) and self.settings.staging:
+    def _tier(self, heads: DirectHeads | OffloadedHeads, device: torch.device) -> Tier:
+        if isinstance(heads, DirectHeads):
+            return self._resident_tier_of(device)
+        return self._offloaded_tier()
+
+    @property
+    def _resident_tier(self) -> str:
+        """Name of the tier whose heads are demoted when it is full; empty if there is none below."""
+        if not self.settings.staging:
+            return ""
+        return HostTier.name if self.settings.host_computes else DeviceTier.name
+
+    def _resident_tier_of(self, device: torch.device) -> HostTier | DeviceTier:
+        """Where compute reads in place: host memory itself if the CPU computes."""
+        if self.settings.staging and not self.settings.host_computes:
             return self._device_tier(device)
         return self._host_tier()
+
+    def _offloaded_tier(self) -> Tier:
+        disk = self.settings.disk
+        if disk is None:
+            return self._host_tier()
+        if self.settings.host_computes:
+            return self._disk_tier(disk)
+        return SpillTier(self._host_tier(), self._disk_tier(disk))
+
+    def _disk_tier(self, wanted: DiskSettings) -> DiskTier:
+        if self._disk is None:
+            self._disk = DiskTier(
+                wanted.folder,
+                budget_bytes=wanted.budget_bytes,
+                planned_bytes=wanted.planned_bytes,
+                queue=self._disk_queue,
+            )
+        return self._disk
 
     def _host_tier(self) -> HostTier:
         if self._host is None:
@@ -487,11 +560,13 @@ class Runner:
 
 
 class Unfilled(NamedTuple):
-    """Heads whose saved keys and values k, v [h, b, t, d] have yet to be read."""
+    """Heads whose saved keys and values k, v [h, b, t, d] have yet to be read; `put` stores what was
+    read of a head where these are, or a part of them, if they are on a device or a disk."""
 
     heads: HeadGroup
     k: Tensor
     v: Tensor
+    put: Callable[[Tensor, Tensor], None]
 
 
 def _nothing() -> None:

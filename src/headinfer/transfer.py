@@ -227,7 +227,11 @@ class StagingRing:
             self.flush()
             self._stage(tile)
         staged = self._staged.popleft()
-        self._engine.wait(staged.landed)
+        try:
+            self._engine.wait(staged.landed)
+        except BaseException:  # it never arrived: the slot is free for another
+            self._free.append(staged.slot)
+            raise
         self.latest = staged.landed
         self._taken = staged.slot
         return staged.slot.buffer

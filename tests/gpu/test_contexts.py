@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 
@@ -16,6 +18,12 @@ PLACEMENTS = {
     "resident": {},
     "streamed": {"resident_heads": 0, "near_data": 0.0, "tile_bytes": 4096},
     "partly": {"resident_heads": 1, "near_data": 0.0, "tile_bytes": 4096},
+}
+# Page-locked buffers take 32 MiB of the host budget, all but what the ring's take.
+PLACEMENTS["disk"] = {
+    **PLACEMENTS["streamed"],
+    "disk": tempfile.gettempdir(),
+    "host_memory": 33 * 2**20,
 }
 CHUNK, TOKENS = 64, 420
 

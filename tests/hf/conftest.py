@@ -4,6 +4,7 @@ the heads attended where they lie, all in place."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,17 @@ STAGED = {
 }
 NEAR = {**STAGED, "near_data": 0.5}
 IN_PLACE = {"chunk_tokens": 16}
+# Everything but the newest tokens is on disk; below, what finds no room in host memory.
+ON_DISK = {
+    "chunk_tokens": 16,
+    "disk": tempfile.gettempdir(),
+    "resident_heads": 0,
+    "tile_bytes": 2**13,
+    "num_slots": 3,
+    "poison": True,
+}
+# Buffers between ring and disk take all but 48 KiB of it.
+SPILLING = {**STAGED, "disk": tempfile.gettempdir(), "host_memory": 32 * 2**20 + 2**17}
 
 TINY: dict[str, Any] = {
     "vocab_size": 101,
@@ -58,7 +70,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[STAGED, NEAR, IN_PLACE], ids=["staged", "near", "in_place"])
+@pytest.fixture(
+    params=[STAGED, NEAR, IN_PLACE, ON_DISK, SPILLING],
+    ids=["staged", "near", "in_place", "on_disk", "spilling"],
+)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return dict(request.param)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ PLACEMENTS = {
         "resident_heads": 1,
     },
 }
+DISK = {"disk": tempfile.gettempdir(), "tile_bytes": 4096, "num_slots": 3, "poison": True}
+PLACEMENTS["on disk"] = {**DISK, "resident_heads": 0}
+PLACEMENTS["host and disk"] = {**DISK, "resident_heads": 1}
+PLACEMENTS["spilling"] = {**PLACEMENTS["staged"], **DISK, "host_memory": 32 * 2**20 + 2**17}
 KINDS = (
     "llama",
     "gemma2",

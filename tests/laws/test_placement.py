@@ -10,6 +10,7 @@ place, staged, partly resident, with copies that run as late as allowed and NaN-
 from __future__ import annotations
 
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from headinfer.attention.masks import Causal
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError
 from headinfer.heads import OffloadedHeads
-from headinfer.layer import RunnerSettings
+from headinfer.layer import DiskSettings, RunnerSettings
 from headinfer.runner import Runner
+from headinfer.testing.disks import Trouble
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
 from headinfer.totals import Query
@@ -29,6 +31,9 @@ from headinfer.totals import Query
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 3
 NEAR = {"near half": 0.5, "near": 1.0, "near and resident": 0.7}
+# Heads that stay above the disk, and the host budget: where the CPU computes, and where it does not.
+HOST_AND_DISK = {"disk": (), "host and disk": (1, 2, 0), "leaving host memory": (9,) * 3}
+SPILLING = {"spilling": (1, 0, 0), "nothing but disk": (), "near and disk": ()}
 
 
 def late_engine(device):
@@ -47,6 +52,19 @@ def make_runner(
     if placement in NEAR:  # some or all heads are attended in host memory
         residents = (1, 0, 0) if placement == "near and resident" else ()
         more.setdefault("near_share", NEAR[placement])
+    how = {}
+    if placement in HOST_AND_DISK or placement in SPILLING:
+        residents = {**HOST_AND_DISK, **SPILLING}[placement]
+        more["disk"] = DiskSettings(tempfile.gettempdir())
+        more["host_computes"] = placement in HOST_AND_DISK and torch.device(device).type == "cpu"
+        if placement == "leaving host memory":
+            more.setdefault("host_bytes", 400_000)
+        elif placement in SPILLING:
+            more.setdefault("host_bytes", 0 if placement == "nothing but disk" else 150_000)
+        if placement == "near and disk":
+            more.setdefault("near_share", 0.5)
+        if late:  # reads come when they like, and in parts
+            how["disk_queue"] = Trouble(seed=num_slots).queue
     return Runner(
         RunnerSettings(
             staging=staging,
@@ -58,6 +76,7 @@ def make_runner(
             **more,
         ),
         engine=late_engine if late else None,
+        **how,
     )
 
 
@@ -138,7 +157,12 @@ class Driver:
             )
 
 
-PLACEMENTS = ["in place", "staged", "partly resident", "resident", "demoting", *NEAR]
+PLACEMENTS = [
+    *("in place", "staged", "partly resident", "resident", "demoting"),
+    *NEAR,
+    *HOST_AND_DISK,
+    *SPILLING,
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -183,7 +207,9 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("placement", ["staged", "near half"])
+@pytest.mark.parametrize(
+    "placement", ["staged", "near half", "host and disk", "spilling", "near and disk"]
+)
 def test_a_long_decode_stays_bit_equal_under_late_copies(device, placement):
     """1,000 steps across several blocks: the same arithmetic, whatever the copies' timing."""
     results = []

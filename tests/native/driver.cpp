@@ -259,6 +259,58 @@ bool memory_holds() {
          headinfer_touch(memory.get(), 1, 0) == HEADINFER_BAD_THREADS;
 }
 
+// Several callers write odd pieces of one file and read them back, each after its own writes.
+bool disk_caller_holds(void *queue, int64_t first, unsigned char mark) {
+  constexpr int64_t kBytes = 5000;
+  unsigned char data[kBytes], found[kBytes];
+  for (int64_t turn = 0; turn < 40; ++turn) {
+    const int64_t nbytes = kBytes - 100 * turn, offset = first + 37 * turn;
+    std::memset(data, mark + static_cast<int>(turn), static_cast<size_t>(nbytes));
+    const headinfer_disk_op write = {offset, data, nbytes}, read = {offset, found, nbytes};
+    const int64_t written = headinfer_disk_job(queue, 1, 0);
+    const int64_t wanted = headinfer_disk_job(queue, 0, written);
+    headinfer_disk_fault fault = {};
+    if (headinfer_disk_start(queue, wanted, &read, 1) != HEADINFER_OK) return false;
+    if (headinfer_disk_start(queue, written, &write, 1) != HEADINFER_OK) return false;
+    if (headinfer_disk_ask(queue, wanted, 1, 1, &fault) != 1 || fault.code != 0) return false;
+    if (headinfer_disk_ask(queue, written, 1, 1, &fault) != 1 || fault.code != 0) return false;
+    if (std::memcmp(data, found, static_cast<size_t>(nbytes)) != 0) return false;
+  }
+  return true;
+}
+
+bool disk_holds(int64_t alignment) {
+  std::FILE *file = std::tmpfile();
+  if (file == nullptr || ftruncate(fileno(file), 1 << 20) != 0) return false;
+  void *queue = headinfer_disk_open(fileno(file), alignment, 4096, 4);
+  if (queue == nullptr) return false;
+  bool held[4] = {};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)  // neighbours share blocks of the file
+    callers.emplace_back([&held, queue, i] {
+      held[i] = disk_caller_holds(queue, 7000 * i, static_cast<unsigned char>(50 * i));
+    });
+  for (std::thread &caller : callers) caller.join();
+  // The end of the file is a fault, and what could not be written cannot be read.
+  char byte = 0;
+  const headinfer_disk_op beyond = {int64_t{1} << 21, &byte, 1}, lost = {8192, &byte, 1};
+  headinfer_disk_fault fault = {};
+  int64_t job = headinfer_disk_job(queue, 0, 0);
+  bool good = headinfer_disk_start(queue, job, &beyond, 1) == HEADINFER_OK &&
+              headinfer_disk_ask(queue, job, 1, 1, &fault) == 1 &&
+              fault.code == HEADINFER_DISK_SHORT;
+  job = headinfer_disk_job(queue, 1, 0);
+  good = good && headinfer_disk_fail(queue, job, 5, &lost, 1) == HEADINFER_OK;
+  job = headinfer_disk_job(queue, 0, 0);
+  good = good && headinfer_disk_start(queue, job, &lost, 1) == HEADINFER_OK &&
+         headinfer_disk_ask(queue, job, 1, 1, &fault) == 1 && fault.code == 5;
+  headinfer_disk_drain(queue);
+  headinfer_disk_close(queue);
+  std::fclose(file);
+  return good && held[0] && held[1] && held[2] && held[3] &&
+         headinfer_disk_open(-1, 0, 4096, 1) == nullptr;
+}
+
 bool child_holds() {
   const pid_t child = fork();
   if (child == 0) _exit(all_hold(7) ? 0 : 1);
@@ -276,7 +328,8 @@ int main(int count, char **) {
   for (std::thread &caller : callers) caller.join();
   // ThreadSanitizer does not follow a fork of a process with threads: any argument leaves it out.
   const bool forked = count > 1 || child_holds();
-  const bool good = held[0] && held[1] && held[2] && memory_holds() && forked;
+  const bool good = held[0] && held[1] && held[2] && memory_holds() && disk_holds(0) &&
+                    disk_holds(4096) && forked;
   std::puts(good ? "ok" : "failed");
   return good ? 0 : 1;
 }

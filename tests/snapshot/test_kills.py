@@ -21,4 +21,5 @@ def test_twenty_kills_lose_nothing() -> None:
     told = json.loads(done.stdout)
     assert told["kills"] >= 20
     assert told["completed"]
-    assert (told["lost"], told["wrong"]) == (0, 0), told["problems"]
+    assert told["in_spills"]
+    assert (told["lost"], told["wrong"], told["left"]) == (0, 0, 0), told["problems"]

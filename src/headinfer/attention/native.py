@@ -333,6 +333,11 @@ def _checked_level(name: str, asked: str) -> str:
     return name
 
 
+def library() -> ctypes.CDLL:
+    """The loaded library, for its other uses. Raises InputError where there is none."""
+    return _library_or_raise()
+
+
 def _library_or_raise() -> ctypes.CDLL:
     found = _load()
     if isinstance(found, str):

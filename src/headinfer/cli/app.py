@@ -111,6 +111,8 @@ def run(
     repetition_penalty: opt.RepetitionPenalty = None,
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
+    disk: opt.Disk = None,
+    disk_memory: opt.DiskMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
     on_unsupported: opt.OnUnsupportedOption = opt.OnUnsupported.error,
     save: opt.Save = None,
@@ -128,19 +130,21 @@ def run(
     from headinfer.cli.job import execute, print_comparison, print_json
     from headinfer.cli.prompt import one_file, read_prompt
 
-    disk = saved.OnDisk(save, context, append, checkpoint_every, restart, other_versions)
+    on_disk = saved.OnDisk(save, context, append, checkpoint_every, restart, other_versions)
     name = one_file(file, prompt_file)
     has_text = name is not None or prompt is not None
-    saved.check(disk, has_text=has_text, question=question, num_beams=num_beams)
-    text = None if disk.context is not None else read_prompt(name, prompt, question)
-    if disk.save is not None and text is None:
+    saved.check(on_disk, has_text=has_text, question=question, num_beams=num_beams)
+    text = None if on_disk.context is not None else read_prompt(name, prompt, question)
+    if on_disk.save is not None and text is None:
         raise InputError("--save needs a text to read: name a FILE, or give --prompt TEXT")
     job = Job(
         model=model,
         text=text,
         question=question,
         max_new_tokens=max_new_tokens,
-        memory=Memory(gpu_memory, host_memory, chunk_tokens, on_unsupported.value),
+        memory=Memory(
+            gpu_memory, host_memory, chunk_tokens, on_unsupported.value, disk, disk_memory
+        ),
         device=device,
         dtype=opt.name(dtype),
         trust_remote_code=trust_remote_code,
@@ -157,7 +161,7 @@ def run(
         beyond=allow_beyond_positions,
         as_json=as_json,
     )
-    outcome = saved.execute(job, disk) if disk.wanted else execute(job)
+    outcome = saved.execute(job, on_disk) if on_disk.wanted else execute(job)
     if as_json:
         print_json(outcome.as_dict())
     else:
@@ -183,6 +187,8 @@ def plan(
     ram: opt.Ram = None,
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
+    disk: opt.Disk = None,
+    disk_memory: opt.DiskMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
     allow_beyond_positions: opt.AllowBeyondPositions = False,
     plot: opt.Plot = None,
@@ -196,7 +202,7 @@ def plan(
 
     show_plan(
         model,
-        Memory(gpu_memory, host_memory, chunk_tokens),
+        Memory(gpu_memory, host_memory, chunk_tokens, disk=disk, disk_memory=disk_memory),
         Elsewhere(gpu, ram),
         tokens=opt.token_count(tokens),
         new_tokens=new_tokens,
@@ -227,6 +233,14 @@ def doctor(
         bool,
         typer.Option("--probe", help="Measure this machine's rates again; takes some seconds."),
     ] = False,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Measure how fast this folder's disk is written and read, for plans with --disk.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Examine the machine, and a model."""
@@ -238,6 +252,7 @@ def doctor(
         dtype=opt.name(dtype),
         trust_remote_code=trust_remote_code,
         probe=probe,
+        disk=disk,
         as_json=as_json,
     )
     if not ok:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ def examine(
     dtype: str | None,
     trust_remote_code: bool,
     probe: bool,
+    disk: str | None,
     as_json: bool,
 ) -> bool:
     """Print what runs here and, with a model, whether it gives stock answers; False if not."""
@@ -42,10 +43,18 @@ def examine(
 
         with working("measuring this machine"):
             report = replace(report, rates=rates_for(report.device, report.dtype, refresh=True))
+    measured = None
+    if disk is not None:
+        from headinfer.hf.disk_probe import measure_disk
+
+        with working(f"measuring the disk at {disk}"):
+            measured = measure_disk(disk)
     if as_json:
-        print_json(report.as_dict())
+        print_json({**report.as_dict(), "disk": None if measured is None else asdict(measured)})
     else:
         write_answer(f"{report}\n")
+        if measured is not None:
+            write_answer(f"{measured}\n")
         if model is None:
             write_answer("\n".join(_why_not(report.why_not)) + "\n")
     return report.ok
@@ -115,6 +124,8 @@ def show_plan(
         ram=elsewhere.ram,
         gpu_memory=memory.gpu_memory,
         host_memory=memory.host_memory,
+        disk=memory.disk,
+        disk_memory=memory.disk_memory,
         chunk_tokens=memory.chunk_tokens,
     )
     plan, most = found.plan, found.geometry.max_positions
@@ -142,9 +153,22 @@ def show_plan(
 
 def _table(found: Forecast) -> str:
     """Lines of a table by context length."""
-    header = ("tokens", "fits", "GPU", "host", "resident", "first token", "next token", "limit")
+    header = (
+        "tokens",
+        "fits",
+        "GPU",
+        "host",
+        "disk",
+        "resident",
+        "first token",
+        "next token",
+        "limit",
+    )
     rows = [header, *(_row(outlook) for outlook in found.outlooks)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    if found.plan.disk is None:
+        without = header.index("disk")
+        rows = [(*row[:without], *row[without + 1 :]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     source = "" if found.rates is None else f"times from rates of {found.rates.machine}"
     longest = found.longest_tokens
@@ -155,13 +179,14 @@ def _table(found: Forecast) -> str:
 def _row(outlook: Outlook) -> tuple[str, ...]:
     plan, seconds = outlook.plan, outlook.prediction
     if plan is None:
-        return (f"{outlook.tokens:,}", "no", *["-"] * 6)
+        return (f"{outlook.tokens:,}", "no", *["-"] * 7)
     heads = sum(plan.resident_heads)
     return (
         f"{outlook.tokens:,}",
         "yes",
         format_bytes(plan.gpu_bytes) if plan.device == "cuda" else "-",
         format_bytes(plan.host_bytes),
+        format_bytes(plan.disk_bytes) if plan.disk is not None else "-",
         f"{heads}/{heads + plan.offloaded_heads}" if plan.device == "cuda" else "-",
         "-" if seconds is None else _seconds(seconds.prefill_s),
         "-" if seconds is None else _seconds(seconds.decode_s),

@@ -33,6 +33,8 @@ class Memory:
     host_memory: str | None = None
     chunk_tokens: int | None = None
     on_unsupported: str = "error"
+    disk: str | None = None
+    disk_memory: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,8 @@ def _run_headwise(
             model,
             gpu_memory=job.memory.gpu_memory,
             host_memory=job.memory.host_memory,
+            disk=job.memory.disk,
+            disk_memory=job.memory.disk_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
             expected_tokens=prompt.tokens + job.max_new_tokens,

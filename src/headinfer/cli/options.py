@@ -123,6 +123,26 @@ HostMemory = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
+Disk = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Keys and values that host memory has no room for lie in a file here while it runs; a "
+        "fast local disk.",
+        show_default=False,
+        rich_help_panel=MEMORY,
+    ),
+]
+DiskMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        callback=_size,
+        help="With --disk: how large that file may become, e.g. 200GiB. Default: what is free.",
+        show_default=False,
+        rich_help_panel=MEMORY,
+    ),
+]
 ChunkTokens = Annotated[
     int | None,
     typer.Option(

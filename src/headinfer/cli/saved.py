@@ -158,6 +158,8 @@ def _run(
             model,
             gpu_memory=job.memory.gpu_memory,
             host_memory=job.memory.host_memory,
+            disk=job.memory.disk,
+            disk_memory=job.memory.disk_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
             expected_tokens=framed.tokens + max(new, 1),

@@ -105,6 +105,10 @@ class DirectHeads:
         _, k, v = self._memory.segments[segment.key]
         return k[:, :, : saved.tokens], v[:, :, : saved.tokens]
 
+    def put(self, stored: Tensor, found: Tensor) -> None:
+        """What `restore` returned, or a part of it, is `found`; from any thread."""
+        stored.copy_(found)
+
     def reorder(self, index: Sequence[int]) -> None:
         self._memory.check(self.heads, EVERYTHING)
         self.store.reorder(index)

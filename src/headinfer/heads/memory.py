@@ -10,48 +10,21 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import TierFull
+from headinfer.heads.on_disk import copy_segment, disk_of
+from headinfer.heads.pieces import KVShape as KVShape
+from headinfer.heads.pieces import Piece as Piece
+from headinfer.heads.pieces import clip as clip
+from headinfer.heads.pieces import of_group as of_group
 from headinfer.layout import Extent, HeadGroup, Span, aligned
 from headinfer.store import Run, Segment
 from headinfer.tiers import HostTier, Tier
+from headinfer.tiers.disk import DiskTier, Place
 
 GATHER_BYTES = 32 * 2**20
 """Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
 
 
 EVERYTHING = Span(0, 2**62)
-
-
-class KVShape(NamedTuple):
-    """What is the same for every token of a layer."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    def token_bytes(self, batch: int) -> int:
-        """Bytes of one token of one head, keys and values, all batch rows."""
-        return batch * (self.key_dim + self.value_dim) * self.dtype.itemsize
-
-
-class Piece(NamedTuple):
-    """Keys and values [b, h, t, d] of the tokens from `start` on, readable by compute."""
-
-    start: int
-    k: Tensor
-    v: Tensor
-
-
-def clip(piece: Piece, length: int) -> Piece:
-    keep = length - piece.start
-    if keep >= piece.k.shape[2]:
-        return piece
-    return Piece(piece.start, piece.k[:, :, :keep], piece.v[:, :, :keep])
-
-
-def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
-    mine = slice(group.start - heads.start, group.stop - heads.start)
-    return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])
 
 
 def pieces_of(run: Run, k: Tensor, v: Tensor, shape: KVShape) -> Iterator[Piece]:
@@ -117,17 +90,32 @@ class SegmentMemory:
 
     Attributes:
         guard: looks at saved tokens before they are read for the first time.
+        layer: its number, for messages.
+        disk: where some segments may lie, their k and v then on the "meta" device.
     """
 
-    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup) -> None:
+    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup, layer: int = -1) -> None:
         self.tier = tier
+        self.layer = layer
         self.shape = shape
         self.heads = heads
         self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
         self.guard: Guard | None = None
 
-    def allocate(self, key: int, rows: int, capacity: int) -> None:
-        """Raises TierFull when the tier's budget does not allow it."""
+    @property
+    def disk(self) -> DiskTier:
+        """The disk that a segment whose views are on the "meta" device lies on."""
+        found = disk_of(self.tier)
+        if found is None:
+            raise TypeError(f"the {self.tier.name} tier has no disk")
+        return found
+
+    def allocate(self, key: int, rows: int, capacity: int, *, start: int = 0) -> None:
+        """Room for tokens from `start` on.
+
+        Raises:
+            TierFull: the tier's budget does not allow it.
+        """
         shape = self.shape
         k_bytes, v_bytes = self._sizes(rows, capacity)
         extent = self.tier.allocate(k_bytes + v_bytes)
@@ -135,6 +123,28 @@ class SegmentMemory:
         k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
         v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
         self.segments[key] = extent, k, v
+        if k.is_meta:
+            self.disk.name_extent(extent, self._teller(rows, capacity, k_bytes, start))
+
+    def _teller(
+        self, rows: int, capacity: int, k_bytes: int, start: int
+    ) -> Callable[[int, int], Place]:
+        shape, layer, first = self.shape, self.layer, self.heads.start
+
+        def tell(offset: int, nbytes: int) -> Place:
+            keys = offset < k_bytes
+            width = (shape.key_dim if keys else shape.value_dim) * shape.dtype.itemsize
+            offset -= 0 if keys else k_bytes
+            run, at = divmod(offset, max(capacity * width, 1))
+            token = start + at // max(width, 1)
+            last = token + max(-(-nbytes // max(width, 1)), 1)
+            kind = "keys" if keys else "values"
+            text = (
+                f"layer {layer}, head {first + run // rows}: {kind} of tokens {token:,} to {last:,}"
+            )
+            return Place(layer, text, token)
+
+        return tell
 
     def restore(self, segment: Segment, adopt: Adopt) -> bool:
         """Memory for a segment of saved tokens; False if they have yet to be read into it."""
@@ -145,7 +155,7 @@ class SegmentMemory:
                 extent = tier.adopt(found.memory, found.own_bytes)
                 self.segments[segment.key] = extent, found.k, found.v
                 return True
-        self.allocate(segment.key, segment.rows, segment.capacity)
+        self.allocate(segment.key, segment.rows, segment.capacity, start=segment.start)
         return False
 
     def check(self, heads: HeadGroup, span: Span) -> None:
@@ -172,7 +182,7 @@ class SegmentMemory:
         done: list[int] = []
         try:
             for segment in segments:
-                self.allocate(segment.key, segment.rows, segment.capacity)
+                self.allocate(segment.key, segment.rows, segment.capacity, start=segment.start)
                 done.append(segment.key)
         except TierFull:
             self.free(done)
@@ -191,5 +201,10 @@ class SegmentMemory:
         for key, (_, k, v) in self.segments.items():
             other.allocate(key, k.shape[1], k.shape[2])
             _, other_k, other_v = other.segments[key]
-            other_k.copy_(k)
-            other_v.copy_(v)
+            for dst, src in ((other_k, k), (other_v, v)):
+                to = other.disk if dst.is_meta else None
+                come = self.disk if src.is_meta else None
+                if to is None and come is None:
+                    dst.copy_(src)
+                elif dst.numel():
+                    copy_segment(dst, src, to_disk=to, from_disk=come)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from headinfer.errors import CacheStateError
 from headinfer.formats import KVFormat
 from headinfer.heads.memory import KVShape, Piece, SavedLayer, SegmentMemory, clip, pieces_of
+from headinfer.heads.on_disk import later, read_pieces
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
-from headinfer.store import Run, SpanStore, Write
+from headinfer.store import Append, Run, SpanStore, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
@@ -26,10 +27,21 @@ class WriteBuffers:
     """Two contiguous buffers on the compute device that new blocks pass through on their way
     down: a copy engine moves contiguous runs, and the model's own keys are strided."""
 
-    def __init__(self, engine: TransferEngine, device: torch.device, nbytes: int) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        device: torch.device,
+        nbytes: int,
+        empty: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.nbytes = nbytes
         self._engine = engine
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        if empty is None:
+            self._buffers = [
+                torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)
+            ]
+        else:  # memory of a kind that the way down likes
+            self._buffers = [empty(nbytes), empty(nbytes)]
         self._free_after = [engine.fence(), engine.fence()]
         self._next = 0
 
@@ -67,6 +79,7 @@ class OffloadedHeads:
         device: torch.device,
         fmt: KVFormat,
         expected_tokens: int | None,
+        layer: int = -1,
     ) -> None:
         self.heads = heads
         self.shape = shape
@@ -76,7 +89,7 @@ class OffloadedHeads:
         self.near_heads = 0
         self.recent: list[Piece] | None = None
         self.written_bytes = 0
-        self._memory = SegmentMemory(tier, shape, heads)
+        self._memory = SegmentMemory(tier, shape, heads, layer)
         self._engine = engine
         self._device = device
         self._format = fmt
@@ -106,6 +119,20 @@ class OffloadedHeads:
         batch, tokens = k.shape[0], k.shape[2]
         append = self.store.prepare_append(tokens, batch=batch)
         self._memory.allocate_all(append.new_segments)
+        try:
+            self._take(append, k, v, buffers)
+        except BaseException:  # what was begun goes to room that nothing refers to any more
+            self.recent = None
+            self._engine.drain()
+            self._memory.free([segment.key for segment in append.new_segments])
+            raise
+        self.store.commit_append(append, batch=batch)
+        if append.new_segments and tokens > 1:
+            self._memory.prepare(batch, self.store.foreseen)
+
+    def _take(self, append: Append, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
+        """Tail and tier get the new tokens; the ledger does not know of them yet."""
+        batch, tokens = k.shape[0], k.shape[2]
         start, stored = self.store.length, self.store.stored
         tail_k, tail_v = self._tail_buffers(batch)
         before, after = append.tail_before, append.tail_after
@@ -126,9 +153,6 @@ class OffloadedHeads:
             if after:
                 tail_k[:, :, :after].copy_(k[:, :, tokens - after :].transpose(0, 1))
                 tail_v[:, :, :after].copy_(v[:, :, tokens - after :].transpose(0, 1))
-        self.store.commit_append(append, batch=batch)
-        if append.new_segments and tokens > 1:
-            self._memory.prepare(batch, self.store.foreseen)
 
     def forget_recent(self) -> None:
         """The layer's attention has been enqueued; later readers use stored tokens and tail."""
@@ -154,14 +178,16 @@ class OffloadedHeads:
 
     def in_place(self, group: HeadGroup, length: int) -> Iterator[Piece]:
         """The stored part of [0, length) of `group` as it lies in the tier, for a processor that
-        reads it there. `last_write` has to be done."""
+        reads it there; what is on disk, as it arrives. `last_write` has to be done."""
         self._memory.check(group, Span(0, length))
         first = group.start - self.heads.start
         for run in self.store.runs(Span(0, length)):
             _, k, v = self._memory.segments[run.key]
-            yield from pieces_of(
-                run, k[first : first + group.heads], v[first : first + group.heads], self.shape
-            )
+            k, v = k[first : first + group.heads], v[first : first + group.heads]
+            if k.is_meta:
+                yield from read_pieces(self._memory.disk, run, k, v, self.shape)
+            else:
+                yield from pieces_of(run, k, v, self.shape)
 
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
         """The copies that bring `tile` into a slot's bytes, laid out as `unpack` expects."""
@@ -188,7 +214,10 @@ class OffloadedHeads:
         found: list[Piece] = []
         for run in self.store.runs(span):
             _, k, v = self._memory.segments[run.key]
-            found += pieces_of(run, k, v, self.shape)
+            if k.is_meta:
+                found.append(later(self._memory.disk, run, k, v))
+            else:
+                found += pieces_of(run, k, v, self.shape)
         return found
 
     def unfinished(self, span: Span) -> Piece:
@@ -212,6 +241,14 @@ class OffloadedHeads:
         _, k, v = self._memory.segments[segment.key]
         return k[:, :, : saved.tokens], v[:, :, : saved.tokens]
 
+    def put(self, stored: Tensor, found: Tensor) -> None:
+        """What `restore` returned, or a part [b, t, d] of it, is `found`; from any thread."""
+        if not stored.is_meta:
+            stored.copy_(found)
+            return
+        for row in range(stored.shape[0] if stored.numel() else 0):
+            self._memory.disk.store(stored[row], found[row].contiguous())
+
     def pieces(self, length: int) -> Iterator[Piece]:
         """Everything in [0, length) copied to the compute device, for readers without a ring."""
         prefix = self.prefix(length)
@@ -230,8 +267,9 @@ class OffloadedHeads:
         self.recent = None
         if crop.reload.tokens:
             self._reload_tail(crop.reload)
-        if crop.free:
-            self._engine.drain()  # a load or write of these segments may still be under way
+        if crop.free or crop.reload.start < self.store.stored:
+            # A load or write of what goes may still be under way, and its place is written again.
+            self._engine.drain()
         self.store.commit_crop(crop)
         self._memory.free(crop.free)
 
@@ -261,6 +299,7 @@ class OffloadedHeads:
             device=self._device,
             fmt=self._format,
             expected_tokens=None,
+            layer=self._memory.layer,
         )
         twin.store = copy.deepcopy(self.store)
         if self._tail is not None:
@@ -289,6 +328,8 @@ class OffloadedHeads:
         """Blocks made of the old tail and the fresh keys go through the write buffers."""
         per_token = self.heads.heads * self.shape.token_bytes(new.k.shape[0])
         step = max(1, (buffers.nbytes - aligned(1)) // per_token)
+        if step > BLOCK_TOKENS:  # a disk writes whole blocks of its own at once
+            step = step // BLOCK_TOKENS * BLOCK_TOKENS
         for write in writes:
             for done in range(0, write.tokens, step):
                 tokens = min(step, write.tokens - done)

@@ -233,7 +233,8 @@ class Session:
         if plan is None:
             return None
         self._passes.flush()
-        rates, tokens = known_rates(self._device, self.model.dtype), self._clock.prompt_tokens
+        rates = known_rates(self._device, self.model.dtype, plan.disk)
+        tokens = self._clock.prompt_tokens
         said = None if rates is None or not tokens else predict(plan, rates, prompt_tokens=tokens)
         peak = None
         if self._device.type == "cuda":

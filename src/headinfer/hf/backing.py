@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -14,7 +15,7 @@ from headinfer.budget import MemoryBudget, parse_bytes
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry
 from headinfer.hf.geometry import layers_seen, resolve_budget
-from headinfer.layer import RunnerSettings
+from headinfer.layer import DiskSettings, RunnerSettings
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan
 from headinfer.runner import Runner
@@ -31,6 +32,8 @@ class CacheOptions(TypedDict, total=False):
 
     gpu_memory: str | int | None
     host_memory: str | int | None
+    disk: str | os.PathLike[str] | None
+    disk_memory: str | int | None
     chunk_tokens: int | None
     kv_format: str
     expected_tokens: int | None
@@ -55,7 +58,11 @@ def options_from(given: CacheOptions) -> Options:
         if name not in known:
             raise InputError(f"{name!r} is not an option; options: {', '.join(known)}")
     rest: dict[str, Any] = dict(given)
-    budget = MemoryBudget.parse(rest.pop("gpu_memory", None), rest.pop("host_memory", None))
+    budget = MemoryBudget.parse(
+        rest.pop("gpu_memory", None), rest.pop("host_memory", None), rest.pop("disk_memory", None)
+    )
+    if rest.get("disk") is not None:
+        rest["disk"] = os.fspath(rest["disk"])
     if rest.get("tile_bytes") is not None:
         rest["tile_bytes"] = parse_bytes(rest["tile_bytes"], name="tile_bytes")
     return Options(budget=budget, **rest)
@@ -137,6 +144,9 @@ class Backing:
 
 def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettings:
     """What the runner needs of a plan."""
+    disk = None
+    if plan.disk is not None:
+        disk = DiskSettings(plan.disk, plan.budget.disk_bytes, plan.disk_bytes)
     return RunnerSettings(
         staging=plan.staging,
         slot_bytes=plan.slot_bytes,
@@ -145,11 +155,13 @@ def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettin
         resident_heads=plan.resident_heads,
         resident_bytes=plan.resident_bytes,
         expected_tokens=plan.expected_tokens,
-        host_bytes=plan.budget.host_bytes,
+        host_bytes=plan.host_room,
         wanted_bytes=wanted_bytes,
         near_share=plan.near_share,
         near_adapts=plan.near_adapts,
         kv_format=plan.kv_format,
         attention=options.attention,
+        disk=disk,
+        host_computes=plan.host_computes,
         poison=options.poison,
     )

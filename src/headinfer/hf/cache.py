@@ -387,7 +387,8 @@ class HeadCache(DynamicCache):
         return Stats() if runner is None else runner.stats()
 
     def crop_to_complete(self) -> int:
-        """After a forward pass that failed midway: crop to the tokens every layer holds.
+        """After a forward pass that failed midway: crop to the tokens every layer holds, and to those
+        before what a disk failed to take.
 
         Returns:
             The length kept.
@@ -399,6 +400,9 @@ class HeadCache(DynamicCache):
         layers = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         lengths = [int(layer.get_seq_length()) for layer in layers]
         keep = min(lengths, default=0)
+        if self.backing.runner is not None:
+            written = self.backing.runner.complete_tokens()
+            keep = keep if written is None else min(keep, written)
         for index, layer in enumerate(self.layers):
             if has_states(layer):
                 raise CacheStateError(

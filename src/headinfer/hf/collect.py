@@ -147,7 +147,7 @@ def _runs(held: Layer, span: Span, waits: Waits, cache: HeadCache) -> list[Run]:
         if not isinstance(heads, DirectHeads):
             waits.append((heads.engine, heads.last_write))
         found += [
-            Run(held.index, heads.heads.start, piece.start, piece.k, piece.v)
+            Run(held.index, heads.heads.start, piece.start, piece.k, piece.v, piece.read)
             for piece in heads.stored_pieces(span)
         ]
     return found

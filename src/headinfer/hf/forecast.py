@@ -56,6 +56,7 @@ class Outlook:
             found |= {
                 "predicted_gpu_bytes": self.plan.gpu_bytes,
                 "predicted_host_bytes": self.plan.host_bytes,
+                "predicted_disk_bytes": self.plan.disk_bytes,
                 "resident_heads": sum(self.plan.resident_heads),
                 "offloaded_heads": self.plan.offloaded_heads,
                 "chunk_tokens": self.plan.chunk_tokens,
@@ -151,7 +152,7 @@ def forecast(
     device, asked = resolved_for(options_from(options), device, weight_bytes=weight_bytes)
     asked = replace(asked, budget_reasons=(*asked.budget_reasons, *notes))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    rates = machine.rates() if machine is not None else _known(device, dtype)
+    rates = machine.rates() if machine is not None else _known(device, dtype, asked.disk)
     if machine is not None:  # whatever this machine lacks or was measured at says nothing of it
         asked = replace(asked, rates=rates, near_data=options.get("near_data"))
     geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
@@ -197,20 +198,20 @@ def _of_ram(ram: str | int, device: str | None, weight_bytes: int) -> tuple[int,
 
 def predicted_for(plan: Plan, model: PreTrainedModel, *, prompt_tokens: int) -> Prediction | None:
     """Times of a run of `model` about to start; None if its machine was not measured."""
-    rates = known_rates(model.device, model.dtype)
+    rates = known_rates(model.device, model.dtype, plan.disk)
     return None if rates is None else predict(plan, rates, prompt_tokens=prompt_tokens)
 
 
 def cost_for(plan: Plan, model: PreTrainedModel) -> tuple[ChunkCost, bool]:
     """What the progress bar of a run of `model` expects of a chunk, and whether it is in seconds."""
-    rates = known_rates(model.device, model.dtype)
+    rates = known_rates(model.device, model.dtype, plan.disk)
     return chunk_cost(plan, rates), rates is not None
 
 
-def _known(device: str, dtype: torch.dtype) -> Rates | None:
+def _known(device: str, dtype: torch.dtype, disk: str | None) -> Rates | None:
     if device == "cuda" and not torch.cuda.is_available():
         return None
-    return known_rates(device, dtype)
+    return known_rates(device, dtype, disk)
 
 
 def _outlook(request: _Request, tokens: int) -> Outlook:

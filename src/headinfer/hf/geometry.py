@@ -25,9 +25,12 @@ from headinfer.hf.remembered import known_rates
 from headinfer.hf.weights import active_share
 from headinfer.options import Options
 from headinfer.surroundings import HostMemory, host_memory
+from headinfer.tiers.disk import free_bytes
 
 GPU_SHARE = 0.95
 """Of the GPU memory that is free now, what a run takes unless told otherwise."""
+DISK_SHARE = 0.98
+"""Of what is free in a folder: file systems keep accounts of their own."""
 
 
 def geometry_of(
@@ -76,8 +79,12 @@ def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
 
 
 def resolve_budget(options: Options, device: torch.device) -> Options:
-    """`options` with both budgets filled in from what is free now, near-data attention left to the
-    plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates."""
+    """`options` with all budgets filled in from what is free now, near-data attention left to the
+    plan only where it pays (a GPU, and a native kernel to do it), and the machine's rates.
+
+    Raises:
+        InputError: `options.disk` is not a folder.
+    """
     budget = options.budget
     host, notes = budget.host_bytes, list(options.budget_reasons)
     if host is None:
@@ -96,9 +103,13 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     near = options.near_data
     if near is None and device.type != "cpu" and (options.attention != AUTO or _no_host_kernel()):
         near = 0.0
-    budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host)
+    disk = budget.disk_bytes
+    if options.disk is not None:
+        free = int(free_bytes(options.disk) * DISK_SHARE)
+        disk = free if disk is None else min(disk, free)
+    budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host, disk_bytes=disk)
     # What decides the chunk was measured in the type that models on a GPU have.
-    rates = known_rates(device, torch.bfloat16) if device.type == "cuda" else None
+    rates = known_rates(device, torch.bfloat16, options.disk) if device.type == "cuda" else None
     return replace(options, budget=budget, near_data=near, rates=rates, budget_reasons=tuple(notes))
 
 

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,22 +24,34 @@ from headinfer.rates import Rates
 _log = logging.getLogger(__name__)
 
 
-def known_rates(device: torch.device | str, dtype: torch.dtype) -> Rates | None:
-    """The rates of this machine if they were measured before."""
-    try:
-        found = json.loads(_path(torch.device(device), dtype).read_text())
-    except (OSError, ValueError):
-        return None
-    return Rates.from_dict(found) if isinstance(found, dict) else None
+def known_rates(
+    device: torch.device | str, dtype: torch.dtype, disk: str | None = None
+) -> Rates | None:
+    """The rates of this machine if they were measured before, and those of `disk`, a folder."""
+    found = _read(_path(torch.device(device), dtype))
+    rates = None if found is None else Rates.from_dict(found)
+    if rates is None or disk is None:
+        return rates
+    there = _read(_disk_path(disk)) or {}
+    read, write = there.get("read_bytes_s"), there.get("write_bytes_s")
+    return replace(rates, disk_read_bytes_s=read, disk_write_bytes_s=write)
+
+
+def remember_disk(folder: str, *, read_bytes_s: float, write_bytes_s: float) -> None:
+    """Later calls of `known_rates` for folders of the same file system have these rates."""
+    _keep(_disk_path(folder), {"read_bytes_s": read_bytes_s, "write_bytes_s": write_bytes_s})
 
 
 def remember(rates: Rates, device: torch.device, dtype: torch.dtype) -> None:
     """Later calls of `known_rates` give `rates`; says so where they cannot be kept."""
-    path = _path(device, dtype)
+    _keep(_path(device, dtype), rates.as_dict())
+
+
+def _keep(path: Path, found: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(rates.as_dict(), indent=2))
+        draft.write_text(json.dumps(found, indent=2))
         draft.replace(path)
     except OSError as error:  # a measurement that cannot be kept is still one
         _log.warning("the rates of this machine cannot be kept in %s: %s", path.parent, error)
@@ -59,6 +73,24 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux: the general name will do
     return platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _disk_path(folder: str) -> Path:
+    """By file system, on this machine."""
+    try:
+        system = os.stat(folder).st_dev
+    except OSError:
+        system = -1
+    key = hashlib.sha256(f"{platform.node()}\n{system}".encode()).hexdigest()[:16]
+    return cache_folder() / f"disk-{key}.json"
 
 
 def _path(device: torch.device, dtype: torch.dtype) -> Path:

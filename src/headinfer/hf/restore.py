@@ -173,8 +173,8 @@ def _read_head(context: Context, layer: int, part: Unfilled, place: int, verify:
         here = slice(span.start, span.stop)
         host_k, host_v = (torch.empty(t[:, here].shape, dtype=t.dtype) for t in (k, v))
         context.fill(layer, head, host_k, host_v, span, verify=verify)
-        k[:, here].copy_(host_k)
-        v[:, here].copy_(host_v)
+        part.put(k[:, here], host_k)
+        part.put(v[:, here], host_v)
 
 
 def _mapper(context: Context, index: int) -> Callable[[HeadGroup, int], Mapped | None]:

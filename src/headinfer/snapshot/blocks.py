@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 class Run:
     """Keys and values [row, head, token, dim] of heads of one layer from token `start` on.
 
-    They stay unchanged until the step is over.
+    They stay unchanged until the step is over. With `read` they are elsewhere, k and v have shapes
+    alone, and it brings the tokens [first, last) of the run.
     """
 
     layer: int
@@ -32,6 +33,7 @@ class Run:
     start: int
     k: Tensor
     v: Tensor
+    read: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def stop(self) -> int:
@@ -39,7 +41,9 @@ class Run:
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of the tokens [start, stop), those that are here."""
-        here = slice(max(start - self.start, 0), stop - self.start)
+        here = slice(max(start - self.start, 0), min(stop, self.stop) - self.start)
+        if self.read is not None:
+            return self.read(here.start, here.stop)
         return self.k[:, :, here], self.v[:, :, here]
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills processes that read, save and append to contexts, at random moments, and checks what is left.
+"""Kills processes that read, save and append to contexts, or read with keys and values on disk, at
+random moments, and checks what is left.
 
     python -m headinfer.testing.kills --kills 200 --seed 1
 
 Children are forked from a process that has loaded a tiny model and done nothing else. Half of them
 are killed after a random time, half by themselves in front of, or in the middle of, a random write,
 sync, rename or removal. After every kill the context has to open, to be sound, to hold at least what
-was durable before, and in the end to equal, bit for bit, one that nobody disturbed.
+was durable before, and in the end to equal, bit for bit, one that nobody disturbed. What the disk
+took for host memory has to be gone with its process.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ import headinfer
 from headinfer.errors import HeadInferError
 from headinfer.snapshot import Context, durable, exists
 from headinfer.testing.zoo import ZOO
+from headinfer.tiers import DiskTier
 
 TOKENS, MORE = 420, 60
 CHUNK = 32
-OPERATIONS = ("read", "read", "save", "append")
+OPERATIONS = ("read", "read", "save", "append", "spill", "spill")
 MODELS = ("llama", "gemma2")
 ACTIONS = ("write_at", "sync", "sync_folder", "replace", "remove")
 
@@ -45,15 +48,19 @@ class Tally:
     Attributes:
         kills: processes killed; `ended`: processes that were done first.
         in_writes: of the kills, those in the middle of writing.
+        in_spills: of the kills, those of processes with keys and values on disk.
         lost, wrong: contexts that did not open or lost durable tokens; that held other bits.
+        left: files that a killed process left on the disk.
     """
 
     kills: int = 0
+    in_spills: int = 0
     ended: int = 0
     in_writes: int = 0
     completed: int = 0
     lost: int = 0
     wrong: int = 0
+    left: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -67,9 +74,15 @@ class Campaign:
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(5, 99, (1, TOKENS + MORE), generator=generator)
         self.tally = Tally()
+        self.disk = folder / f"{name}-disk"
+        self.disk.mkdir()
+        self.placement: dict[str, Any] = {}
         self.undisturbed = self._answer(self._undisturbed)
         self.seconds = float(self.undisturbed["seconds"])
         self.actions = int(self.undisturbed["actions"])
+        self._remove()
+        self.expected = {"": self.undisturbed, "spill": self._spilling(self._undisturbed)}
+        self.spills = int(self.expected["spill"]["spills"])
 
     def run(self, kills: int) -> Tally:
         """Kill `kills` processes."""
@@ -88,6 +101,25 @@ class Campaign:
             self._disturb(self._read)
             durable_tokens = self._check(durable_tokens)
         self._compare(self._answer(self._read), TOKENS)
+
+    def _try_spill(self) -> None:
+        """As `_try_read`, all keys and values on disk but for a head of each layer."""
+        before = self.tally.kills
+        self.undisturbed = self.expected["spill"]
+        self._spilling(self._try_read, here=True)
+        self.undisturbed = self.expected[""]
+        self.tally.in_spills += self.tally.kills - before
+
+    def _spilling(self, work: Callable[[], Any], *, here: bool = False) -> Any:
+        """Do `work` with a disk, in a child or `here`; nothing may be left there."""
+        self.placement = {"disk": str(self.disk), "resident_heads": 1, "tile_bytes": 2**13}
+        try:
+            return work() if here else self._answer(work)
+        finally:
+            self.placement = {}
+            for found in self.disk.iterdir():
+                self._problem("left", f"{found.name} is left on the disk")
+                found.unlink()
 
     def _try_save(self) -> None:
         self._disturb(self._save)
@@ -138,39 +170,53 @@ class Campaign:
     def _undisturbed(self) -> dict[str, Any]:
         count = [0]
         _before_each(lambda name, data: count.__setitem__(0, count[0] + 1))
+        spills, begin = [0], DiskTier.begin_write
+
+        def look(tier: DiskTier, job: int, ops: Any) -> None:
+            spills[0] += 1
+            begin(tier, job, ops)
+
+        setattr(DiskTier, "begin_write", look)  # noqa: B010
         started = time.perf_counter()
         found = self._read()
         seconds, actions = time.perf_counter() - started, count[0]
+        writes = spills[0]
         more = self._append()
         return {
             str(TOKENS): found["digest"],
             str(TOKENS + MORE): more["digest"],
             "seconds": seconds,
             "actions": actions,
+            "spills": writes,
         }
 
+    def _attached(self) -> headinfer.Session:
+        return headinfer.attach(
+            self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE, **self.placement
+        )
+
     def _read(self) -> dict[str, Any]:
-        with headinfer.attach(self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE):
+        with self._attached():
             ids = self.ids[:, :TOKENS]
             cache = headinfer.read_context(self.model, ids, self.folder, checkpoint_every=CHUNK)
             return _digest(self.model, cache)
 
     def _save(self) -> dict[str, Any]:
-        with headinfer.attach(self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE) as run:
+        with self._attached() as run:
             cache = run.new_cache()
             headinfer.prefill(self.model, self.ids[:, :TOKENS], cache)
             run.save(self.folder)
             return _digest(self.model, cache)
 
     def _append(self) -> dict[str, Any]:
-        with headinfer.attach(self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE):
+        with self._attached():
             cache = headinfer.load_context(self.model, self.folder, append=True)
             headinfer.prefill(self.model, self.ids[:, TOKENS:], cache)
             headinfer.save_context(self.model, cache, self.folder)
             return _digest(self.model, cache)
 
     def _load(self) -> dict[str, Any]:
-        with headinfer.attach(self.model, chunk_tokens=CHUNK, expected_tokens=TOKENS + MORE):
+        with self._attached():
             return _digest(self.model, headinfer.load_context(self.model, self.folder))
 
     # Processes.
@@ -182,7 +228,10 @@ class Campaign:
         child = os.fork()
         if not child:
             if by_itself:
-                _kill_at(action, share)
+                if self.placement and action % 2:
+                    _kill_in_spill(action * self.spills // self.actions)
+                else:
+                    _kill_at(action, share)
             _leave(work)
         if not by_itself:
             time.sleep(self.random.uniform(0.0, 1.2 * self.seconds))
@@ -256,6 +305,19 @@ def _kill_at(action: int, share: float) -> None:
     _before_each(look)
 
 
+def _kill_in_spill(write: int) -> None:
+    """This process dies when it has begun write number `write` to the disk."""
+    left, begin = [write], DiskTier.begin_write
+
+    def look(tier: DiskTier, job: int, ops: Any) -> None:
+        begin(tier, job, ops)
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(DiskTier, "begin_write", look)  # noqa: B010
+
+
 def _digest(model: Any, cache: Any) -> dict[str, Any]:
     """SHA-256 over all bits the cache holds, and over the logits of one more token."""
     found, tokens = hashlib.sha256(), cache.get_seq_length()
@@ -291,7 +353,7 @@ def main() -> int:
     total["seconds"] = round(time.perf_counter() - started, 1)
     total["seed"] = given.seed
     print(json.dumps(total, indent=1))  # noqa: T201  what the command is for
-    return 1 if total["lost"] or total["wrong"] else 0
+    return 1 if total["lost"] or total["wrong"] or total["left"] else 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headinfer.layout import Extent
+from headinfer.tiers.disk import DiskTier
 from headinfer.tiers.gpu import DeviceTier
 from headinfer.tiers.host import HostTier
 
@@ -51,4 +52,4 @@ class Tier(Protocol):
         ...
 
 
-__all__ = ["DeviceTier", "HostTier", "Tier"]
+__all__ = ["DeviceTier", "DiskTier", "HostTier", "Tier"]

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--disk` on the command line: the same answer, a plan, a measurement, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headinfer.hf import geometry
+
+Program = Any
+
+
+def test_the_answer_is_that_of_host_memory(
+    headinfer: Program, endless: str, book: str, tmp_path: Path
+) -> None:
+    asked = ("run", endless, book, "--question", "Who?", "--max-new-tokens", "8", "--json")
+    plain = json.loads(headinfer(*asked).out)
+    small = ("--disk", str(tmp_path), "--host-memory", "1800KiB", "--chunk-tokens", "128")
+    spilled = json.loads(headinfer(*asked, *small).out)
+    assert spilled["answer"] == plain["answer"]
+    assert spilled["plan"]["disk"] == str(tmp_path)
+    assert spilled["plan"]["predicted_disk_bytes"] >= spilled["stats"]["disk_bytes"]
+    assert not [path for path in tmp_path.iterdir() if path.name != "book.txt"]
+
+
+def test_a_plan_has_a_column_of_the_disk(headinfer: Program, tiny: str, tmp_path: Path) -> None:
+    result = headinfer(
+        "plan", tiny, "--tokens", "64K", "--device", "cpu",
+        "--disk", str(tmp_path), "--host-memory", "8MiB",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert "keys and values on disk: " in result.out
+    header = next(line for line in result.out.splitlines() if "first token" in line)
+    assert header.split()[:5] == ["tokens", "fits", "GPU", "host", "disk"]
+
+
+def test_doctor_measures_a_disk(
+    headinfer: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headinfer.hf import disk_probe
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(disk_probe, "MOST_BYTES", 2**26)
+    found = json.loads(headinfer("doctor", "--disk", str(tmp_path), "--json").out)["disk"]
+    assert found["read_bytes_s"] > 0
+    assert found["write_bytes_s"] > 0
+    text = headinfer("doctor", "--disk", str(tmp_path)).out
+    assert f"{tmp_path} is read at " in text
+    assert len(list((tmp_path / "cache").glob("disk-*.json"))) == 1
+
+
+def test_what_cannot_be_is_one_line(
+    headinfer: Program, tiny: str, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("run", tiny, book, "--max-new-tokens", "2")
+    assert "no folder for it" in headinfer(*asked, "--disk-memory", "1GiB").error
+    missing = headinfer(*asked, "--disk", str(tmp_path / "missing"))
+    assert "does not exist; name a folder on a fast local disk" in missing.error
+    assert missing.status != 0
+    monkeypatch.setattr(geometry, "free_bytes", lambda folder: 50_000)
+    full = headinfer("plan", tiny, "--tokens", "64K", "--device", "cpu",
+                     "--disk", str(tmp_path), "--host-memory", "8MiB")  # fmt: skip
+    assert "47.85 KiB are allowed or free there" in full.error

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans with a disk: what goes there is foreseen, fits, or is refused with a remedy that works."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention.masks import Causal
+from headinfer.budget import GIB, KIB, MIB, MemoryBudget
+from headinfer.cost import DISK, chunk_time, decode_time, disk_bytes, request_s
+from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.hf.backing import options_from, settings_of
+from headinfer.options import Options
+from headinfer.plan import make_plan
+from headinfer.rates import Rates
+from headinfer.runner import Runner
+from headinfer.spread import buffers_beside_gpu
+from headinfer.totals import Query
+
+layers = st.builds(
+    LayerGeometry,
+    kind=st.sampled_from([LayerKind.FULL, LayerKind.FULL, LayerKind.SLIDING]),
+    num_kv_heads=st.integers(1, 8),
+    key_dim=st.sampled_from([16, 64, 72, 128]),
+    value_dim=st.sampled_from([16, 64, 128]),
+    num_query_heads=st.integers(8, 32),
+    window=st.integers(1, 4096),
+)
+geometries = st.builds(
+    Geometry,
+    layers=st.lists(layers, min_size=1, max_size=6).map(tuple),
+    itemsize=st.sampled_from([2, 4]),
+    hidden_size=st.integers(64, 8192),
+    intermediate_size=st.integers(64, 30000),
+    vocab_size=st.integers(100, 200_000),
+    weight_bytes=st.integers(0, 8 * GIB),
+)
+RATES = Rates(
+    machine="this",
+    dtype="bfloat16",
+    block_flops=6e14,
+    attention_flops={128: 6e14},
+    weight_bytes_s=2e12,
+    resident_bytes_s=2e12,
+    layer_s=1e-4,
+    token_s=1e-3,
+    h2d_bytes_s=5e10,
+    d2h_bytes_s=5e10,
+    near_bytes_s=1e11,
+    disk_read_bytes_s=2e9,
+)
+
+
+def asked(host, disk, *, gpu=None, **more):
+    return Options(budget=MemoryBudget(gpu, host, disk), disk="/somewhere", **more)
+
+
+def llama3_8b(weights=15 * GIB):
+    layer = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+    return Geometry((layer,) * 32, 2, 4096, 14336, 128256, weights, 8192, "Llama-3-8B")
+
+
+def followed(geometry, options, device, batch):
+    """The plan after doing what refusals say, at most once for each tier."""
+    for _ in range(4):
+        try:
+            return make_plan(geometry, options, device=device, batch=batch), options
+        except BudgetTooSmall as error:
+            refusal = error
+        assert refusal.needed_bytes > refusal.budget_bytes
+        assert str(refusal.needed_bytes) in str(refusal)
+        budget = replace(options.budget, **{f"{refusal.tier}_bytes": refusal.needed_bytes})
+        options = replace(options, budget=budget)
+    raise AssertionError(f"no remedy works: {refusal}")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    geometry=geometries,
+    device=st.sampled_from(["cpu", "cuda"]),
+    host=st.integers(0, 16 * GIB),
+    disk=st.integers(0, 64 * GIB),
+    tokens=st.one_of(st.none(), st.integers(1, 2**20)),
+    batch=st.integers(1, 4),
+)
+def test_a_plan_with_a_disk_fits_or_its_remedies_do(geometry, device, host, disk, tokens, batch):
+    gpu = None if device == "cpu" else 64 * GIB
+    options = asked(host, disk, gpu=gpu, expected_tokens=tokens)
+    plan, options = followed(geometry, options, device, batch)
+    assert plan.host_bytes + plan.disk_buffer_bytes <= max(
+        options.budget.host_bytes, plan.disk_buffer_bytes
+    )
+    assert plan.disk_bytes <= options.budget.disk_bytes
+    if tokens is not None:
+        assert plan.host_bytes + plan.disk_bytes >= sum(
+            batch
+            * (layer.num_kv_heads - heads * (device == "cuda"))
+            * layer.head_bytes(tokens // 128 * 128, geometry.itemsize)
+            for layer, heads in zip(geometry.layers, plan.resident_heads, strict=True)
+            if layer.kind is LayerKind.FULL
+        )
+
+
+def test_a_refusal_for_host_memory_names_the_disk_which_works():
+    options = Options(budget=MemoryBudget(24 * GIB, 16 * GIB), expected_tokens=2**18)
+    with pytest.raises(BudgetTooSmall, match="on a fast disk with disk=FOLDER"):
+        make_plan(llama3_8b(), options, device="cuda")
+    options = asked(16 * GIB, 40 * GIB, gpu=24 * GIB, expected_tokens=2**18)
+    plan = make_plan(llama3_8b(), options, device="cuda")
+    assert plan.host_bytes + plan.disk_buffer_bytes <= 16 * GIB
+    assert 0 < plan.disk_bytes < 20 * GIB
+    assert "once 15." in str(plan)
+
+
+def test_a_disk_too_small_is_refused_with_the_length_that_fits():
+    options = asked(16 * GIB, 4 * GIB, gpu=24 * GIB, expected_tokens=2**18)
+    with pytest.raises(BudgetTooSmall, match="Make room for") as caught:
+        make_plan(llama3_8b(), options, device="cuda")
+    assert caught.value.tier == "disk"
+    found = re.search(r"shorten the context to ([\d,]+) tokens", str(caught.value))
+    assert found is not None
+    shorter = int(found[1].replace(",", ""))
+    make_plan(llama3_8b(), replace(options, expected_tokens=shorter), device="cuda")
+
+
+def test_disk_memory_without_a_folder_is_refused():
+    with pytest.raises(InputError, match="but no folder for it"):
+        options_from({"disk_memory": "1GiB"})
+    with pytest.raises(InputError, match="disk_memory='much' is not a size"):
+        options_from({"disk": "/tmp", "disk_memory": "much"})
+
+
+@pytest.mark.parametrize("gpu", [18, 20, 24, 26, 40])
+@pytest.mark.parametrize("disk_rate", [1e9, 2e9, 1.2e10])
+def test_a_chunk_left_open_is_the_quickest_of_those_that_fit(gpu, disk_rate):
+    rates = replace(RATES, disk_read_bytes_s=disk_rate)
+    options = asked(8 * GIB, 40 * GIB, gpu=gpu * GIB, expected_tokens=2**18, rates=rates)
+
+    def seconds(**more):
+        try:
+            plan = make_plan(llama3_8b(), replace(options, **more), device="cuda")
+        except BudgetTooSmall:
+            return math.inf
+        return request_s(plan, rates, prompt_tokens=2**18)
+
+    assert seconds() == min(seconds(chunk_tokens=2**power) for power in range(7, 17))
+
+
+def test_a_slow_disk_is_the_limit_and_lengthens_the_chunk():
+    options = asked(8 * GIB, 40 * GIB, gpu=20 * GIB, expected_tokens=2**18)
+    plain = make_plan(llama3_8b(), options, device="cuda")
+    plan = make_plan(llama3_8b(), replace(options, rates=RATES), device="cuda")
+    assert plan.chunk_tokens > plain.chunk_tokens
+    assert "read the disk more often" in str(plan)
+    step = decode_time(plan, RATES, length=2**18)
+    assert step.limit == DISK == "disk read rate"
+    assert step.seconds == pytest.approx(disk_bytes(plan, 2**18) / 2e9)
+    assert chunk_time(plain, RATES, past=2**18 - 8192, new=8192).limit == DISK
+
+
+def test_on_a_cpu_the_disk_is_read_beside_attention():
+    plan = make_plan(llama3_8b(), asked(2 * GIB, 40 * GIB, expected_tokens=65536), device="cpu")
+    rates = replace(RATES, h2d_bytes_s=None, resident_bytes_s=1e10, weight_bytes_s=1e13)
+    assert decode_time(plan, rates, length=65536).limit == DISK
+    slow = replace(rates, resident_bytes_s=1e9)
+    assert decode_time(plan, slow, length=65536).limit == "resident keys"
+
+
+@pytest.mark.parametrize("tokens", [1000, 3000])
+@pytest.mark.parametrize("host", [3 * MIB, 4 * MIB, 6 * MIB])
+def test_predicted_host_and_disk_are_at_least_what_is_measured(tokens, host):
+    """Within the budgets, too; the host's includes slots, buffers and tails."""
+    geometry = Geometry((LayerGeometry(LayerKind.FULL, 4, 32, 32, 8),) * 3, 4, 256, 512, 100)
+    options = Options(
+        budget=MemoryBudget(None, host, GIB), disk=tempfile.gettempdir(), expected_tokens=tokens
+    )
+    plan = make_plan(geometry, options, device="cpu")
+    runner = Runner(settings_of(plan, options, 0))
+    for start in range(0, tokens, 250):
+        for layer in range(3):
+            k = torch.zeros(1, 4, min(250, tokens - start), 32)
+            length = runner.append(layer, k, k)
+            q = torch.zeros(1, 8, k.shape[2], 32)
+            runner.attend(layer, length, Query(q, 1.0, Causal(start), 32))
+    stats = runner.stats()
+    runner.close()
+    assert stats.host_bytes <= plan.host_bytes
+    assert stats.disk_bytes <= plan.disk_bytes
+    assert stats.disk_bytes >= plan.disk_bytes - 3 * 16 * KIB * 4
+    assert stats.host_bytes + stats.staging_bytes + stats.tail_bytes <= host
+    assert (stats.disk_bytes > 0) == (sum(plan.resident_heads) < 12)
+
+
+@pytest.mark.parametrize("tokens", [1000, 3000])
+@pytest.mark.parametrize("room", [100 * KIB, MIB])
+def test_spilling_takes_no_more_than_is_predicted(tokens, room):
+    """The path of a GPU, its copies made at once: segments go where there is room."""
+    geometry = Geometry((LayerGeometry(LayerKind.FULL, 4, 32, 32, 8),) * 3, 4, 256, 512, 100)
+    host = buffers_beside_gpu(2**14, 3) + room
+    options = Options(
+        budget=MemoryBudget(None, host, GIB), disk=tempfile.gettempdir(), expected_tokens=tokens,
+        staging=True, tile_bytes=2**14, num_slots=3,
+    )  # fmt: skip
+    plan = make_plan(geometry, options, device="cpu")
+    runner = Runner(settings_of(plan, options, 0))
+    for start in range(0, tokens, 250):
+        for layer in range(3):
+            k = torch.zeros(1, 4, min(250, tokens - start), 32)
+            runner.append(layer, k, k)
+    stats = runner.stats()
+    runner.close()
+    assert 0 < stats.disk_bytes <= plan.disk_bytes
+    assert stats.host_bytes <= plan.host_bytes == room

@@ -323,14 +323,17 @@ def test_a_host_budget_too_small_names_the_smallest_that_works(
     batch: int, llama: Any, ids: Any, steps: Any, options: dict[str, Any]
 ) -> None:
     def run(host: Any) -> None:
-        with headinfer.attach(llama, host_memory=host, expected_tokens=400, **options):
+        given = {**options, "host_memory": host}
+        with headinfer.attach(llama, expected_tokens=400, **given):
             steps(llama, ids(400, batch=batch), (400,))
 
+    # What passes by on the way to a GPU's disk does not depend on the batch.
+    depends = not ("disk" in options and "staging" in options)
     with pytest.raises(headinfer.BudgetTooSmall, match="host_memory") as found:
         run("1KiB")
     needed = found.value.needed_bytes
     assert f"{needed} bytes" in str(found.value)
-    if batch > 1:
+    if batch > 1 and depends:
         with pytest.raises(headinfer.BudgetTooSmall, match="host_memory") as found:
             run(needed)
         needed = found.value.needed_bytes

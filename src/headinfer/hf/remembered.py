@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,20 @@ def known_rates(
 
 def remember_disk(folder: str, *, read_bytes_s: float, write_bytes_s: float) -> None:
     """Later calls of `known_rates` for folders of the same file system have these rates."""
-    _keep(_disk_path(folder), {"read_bytes_s": read_bytes_s, "write_bytes_s": write_bytes_s})
+    found = {"read_bytes_s": read_bytes_s, "write_bytes_s": write_bytes_s}
+    _keep(_disk_path(folder), lambda: found)
 
 
 def remember(rates: Rates, device: torch.device, dtype: torch.dtype) -> None:
     """Later calls of `known_rates` give `rates`; says so where they cannot be kept."""
-    _keep(_path(device, dtype), rates.as_dict())
+    _keep(_path(device, dtype), lambda: rates.as_dict())
 
 
-def _keep(path: Path, found: dict[str, Any]) -> None:
+def _keep(path: Path, found: Callable[[], dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(found, indent=2))
+        draft.write_text(json.dumps(found(), indent=2))
         draft.replace(path)
     except OSError as error:  # a measurement that cannot be kept is still one
         _log.warning("the rates of this machine cannot be kept in %s: %s", path.parent, error)

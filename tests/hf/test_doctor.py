@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,4 +203,20 @@ def test_the_report_names_the_limit_of_a_container(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(geometry, "host_memory", lambda: found)
     assert "host memory 8.00 GiB, 3.00 GiB available (a container's limit)" in str(
         headinfer.doctor()
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("always [madvise] never\n", "huge pages: madvise"),
+        ("always madvise [never]\n", "huge pages: never; page-locking memory takes several times"),
+    ],
+)
+def test_huge_pages_are_named(tmp_path: Path, setting: str, said: str) -> None:
+    (tmp_path / "enabled").write_text(setting)
+    assert doctor._huge_pages(tmp_path / "enabled").startswith(said)
+    assert (
+        doctor._huge_pages(tmp_path / "missing")
+        == "huge pages: unknown (No such file or directory)"
     )

@@ -26,8 +26,11 @@ def test_it_leaves_what_one_forward_pass_leaves(
 ) -> None:
     tokens = ids(150, batch=2)
     expected = resident(llama, tokens, (150,))[:, -1:]
+    lengths, cache = (
+        lengths_of(llama),
+        head_cache(llama),
+    )  # importing the cache makes the name known
     llama.set_attn_implementation("headinfer")
-    lengths, cache = lengths_of(llama), head_cache(llama)
     output = headinfer.prefill(llama, tokens[:, :100], cache)
     assert output.logits.shape[1] == 1
     assert not output.logits.requires_grad

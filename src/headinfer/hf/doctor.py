@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
 from headinfer.hf.geometry import memory_here
 from headinfer.hf.remembered import known_rates
+from headinfer.host_stream import why_no_host_functions
 from headinfer.rates import Rates
 
 TOKENS = 200
 CHUNK = 64
 TILE_BYTES = 2**18
 """Small enough that the check streams several tiles."""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +273,7 @@ def _devices() -> list[str]:
             f"{format_bytes(memory.free_bytes)} available{limit}"
         ),
         f"native CPU attention: {native.described()}",
+        _huge_pages(),
     ]
     if not torch.cuda.is_available():
         lines.append("GPU: none that torch can use")
@@ -279,4 +283,23 @@ def _devices() -> list[str]:
             f"GPU {index}: {torch.cuda.get_device_name(index)}, {format_bytes(total)}, "
             f"{format_bytes(free)} free"
         )
+    if torch.cuda.is_available():
+        absent = why_no_host_functions() or native.why_absent()
+        lines.append(
+            "near-data attention: host functions of a CUDA stream"
+            if absent is None
+            else f"near-data attention: by a thread that waits for queries ({absent})"
+        )
     return lines
+
+
+def _huge_pages(setting: Path = HUGE_PAGES) -> str:
+    """Whether host memory comes in huge pages, which decides how long page-locking takes."""
+    try:
+        found = setting.read_text().strip()
+    except OSError as error:
+        return f"huge pages: unknown ({error.strerror or error})"
+    chosen = found.partition("[")[2].partition("]")[0] or found
+    if chosen == "never":
+        return "huge pages: never; page-locking memory takes several times as long as with madvise"
+    return f"huge pages: {chosen}"

@@ -63,7 +63,7 @@ inline const uint8_t *entry_of(const uint8_t *slot, const BlockLayout &at,
   }
 }
 
-// S::unpack(mixed, pairs, base, half, out) decodes one token of 2 x half channels, escapes aside.
+// S::unpack(mixed, pairs, base, half, count, out) decodes tokens of 2 x half channels, escapes aside.
 template <class S>
 bool unpack(const uint8_t *slot, const headinfer_packed &where, int64_t dim, int64_t first,
             int64_t count, uint16_t *out) {
@@ -87,9 +87,7 @@ bool unpack(const uint8_t *slot, const headinfer_packed &where, int64_t dim, int
   if (escapes > at.most_escapes()) return false;
   const int64_t half = dim / 2;
   const uint8_t *mixed = slot + first * dim, *pairs = slot + at.nibbles() + first * half;
-  for (int64_t token = 0; token < count; ++token)
-    S::unpack(mixed + token * dim, pairs + token * half, slot + at.bases(), half,
-              out + token * dim);
+  S::unpack(mixed, pairs, slot + at.bases(), half, count, out);
   for (int64_t i = 0; i < escapes; ++i) {
     const int64_t position = read<uint16_t>(slot + at.positions() + 2 * i);
     if (position >= kBlockTokens * dim) return false;

@@ -56,6 +56,7 @@ class PlainRows {
   PlainRows(const T *first, int64_t stride, int64_t dim, int64_t)
       : first_(first), stride_(stride), dim_(dim) {}
 
+  static constexpr int64_t kScoredKeys = kBlockKeys;
   static int64_t scratch_bytes(int64_t) { return 0; }
   void lend(char *) {}
   Rows<T> get(int64_t key, int64_t) const { return {first_ + key * stride_, stride_}; }
@@ -98,6 +99,8 @@ class PackedRows {
     number_ = 1 + (((values ? call.batch : 0) + tile.batch) * call.kv_heads + tile.kv_head) * blocks;
   }
 
+  // Keys that are decoded before they are scored: few, so that they stay near.
+  static constexpr int64_t kScoredKeys = 32;
   static int64_t scratch_bytes(int64_t dim) {
     return round_up(kBlockKeys * dim * static_cast<int64_t>(sizeof(BFloat16)), 64);
   }
@@ -122,6 +125,9 @@ class PackedRows {
     const int64_t token = key % kBlockTokens, half = at_.dim / 2;
     const char *mixed = reinterpret_cast<const char *>(slot + token * at_.dim);
     const char *pairs = reinterpret_cast<const char *>(slot + at_.nibbles() + token * half);
+    if (keys > 0 && token == 0)  // bases, header and escapes
+      for (int64_t byte = at_.bases(); byte < at_.slot_bytes(); byte += 64)
+        __builtin_prefetch(slot + byte, 0, 3);
     return {{mixed, at_.dim, keys, static_cast<int>((at_.dim + 63) / 64)},
             {pairs, half, keys, static_cast<int>((half + 63) / 64)}};
   }
@@ -253,20 +259,28 @@ class TileRun {
 
   // Scaled scores of `keys` keys from `key` on into p_; values of the same keys are fetched ahead.
   void score(int64_t key, int64_t keys) {
-    const Rows<T> k = k_.get(key, keys);
     auto ahead = v_.ahead(key, keys);
+    constexpr int64_t kStep = Source::kScoredKeys;
+    for (int64_t first = 0; first < keys; first += kStep) {
+      const int64_t some = keys - first < kStep ? keys - first : kStep;
+      score_some(k_.get(key + first, some), first, some, ahead);
+    }
+  }
+
+  template <class Fetch>
+  void score_some(const Rows<T> &k, int64_t first, int64_t keys, Fetch &ahead) {
     int64_t row = 0;
     if constexpr (S::kDotRows >= 4)
-      for (; row + 4 <= tile_.rows; row += 4) dots<4>(row, k, keys, ahead);
+      for (; row + 4 <= tile_.rows; row += 4) dots<4>(row, k, first, keys, ahead);
     if constexpr (S::kDotRows >= 3)
-      if (row + 3 <= tile_.rows) dots<3>(row, k, keys, ahead), row += 3;
-    for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, keys, ahead);
-    if (row < tile_.rows) dots<1>(row, k, keys, ahead);
+      if (row + 3 <= tile_.rows) dots<3>(row, k, first, keys, ahead), row += 3;
+    for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, first, keys, ahead);
+    if (row < tile_.rows) dots<1>(row, k, first, keys, ahead);
   }
 
   // R rows against all keys of the block, as many keys at a time as fill the sums of one reduction.
   template <int R, class Fetch>
-  void dots(int64_t row, const Rows<T> &k, int64_t keys, Fetch &ahead) {
+  void dots(int64_t row, const Rows<T> &k, int64_t first, int64_t keys, Fetch &ahead) {
     constexpr int K = S::kDotSums / (R == 3 ? 4 : R);
     constexpr int kSums = (R * K + W - 1) / W * W;
     const F scale = S::set(call_.scale);
@@ -303,7 +317,7 @@ class TileRun {
       HEADINFER_UNROLL for (int i = 0; i < kSums; i += W)
         S::store(found + i, S::mul(S::sums(sum + i), scale));
       HEADINFER_UNROLL for (int r = 0; r < R; ++r)
-        std::memcpy(p_ + (row + r) * P + key, found + r * K, sizeof(float) * K);
+        std::memcpy(p_ + (row + r) * P + first + key, found + r * K, sizeof(float) * K);
     }
   }
 

@@ -110,7 +110,15 @@ struct Avx2 {
   }
 
   static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
-                            int64_t half, uint16_t *out) {
+                            int64_t half, int64_t count, uint16_t *out) {
+    for (int64_t token = 0; token < count; ++token)
+      unpack_token(mixed + token * 2 * half, pairs + token * half, base, half,
+                   out + token * 2 * half);
+  }
+
+ private:
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
     const __m256i low = _mm256_set1_epi8(15);
     int64_t j = 0;
     for (; j + 32 <= half; j += 32) {
@@ -122,7 +130,6 @@ struct Avx2 {
     unpack_channels(mixed, pairs, base, half, j, half, out);
   }
 
- private:
   static inline __m256i bytes(const uint8_t *p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
   }

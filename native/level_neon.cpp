@@ -88,7 +88,15 @@ struct Neon {
   }
 
   static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
-                            int64_t half, uint16_t *out) {
+                            int64_t half, int64_t count, uint16_t *out) {
+    for (int64_t token = 0; token < count; ++token)
+      unpack_token(mixed + token * 2 * half, pairs + token * half, base, half,
+                   out + token * 2 * half);
+  }
+
+ private:
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
     int64_t j = 0;
     for (; j + 16 <= half; j += 16) {
       const uint8x16_t both = vld1q_u8(pairs + j);
@@ -98,7 +106,6 @@ struct Neon {
     unpack_channels(mixed, pairs, base, half, j, half, out);
   }
 
- private:
   static inline void unpack16(const uint8_t *mixed, uint8x16_t below, const uint8_t *base,
                               uint16_t *out) {
     const uint8x16_t m = vld1q_u8(mixed), e = vsubq_u8(vld1q_u8(base), below);

@@ -111,16 +111,41 @@ struct Avx512 {
   }
 
   static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
-                            int64_t half, uint16_t *out) {
+                            int64_t half, int64_t count, uint16_t *out) {
+    if (half == 64) return unpack_128(mixed, pairs, base, count, out);
+    if (half == 32) return unpack_64(mixed, pairs, base, count, out);
+    for (; count > 0; --count, mixed += 2 * half, pairs += half, out += 2 * half)
+      unpack_token(mixed, pairs, base, half, out);
+  }
+
+ private:
+  // The two most common dims, without masks.
+  static inline void unpack_128(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                int64_t count, uint16_t *out) {
     const __m512i low = _mm512_set1_epi8(15);
-    if (half == 32) {  // both halves fill one vector
+    const __m512i lower = _mm512_loadu_si512(base), upper = _mm512_loadu_si512(base + 64);
+    for (; count > 0; --count, mixed += 128, pairs += 64, out += 128) {
+      const __m512i both = _mm512_loadu_si512(pairs);
+      unpack64(_mm512_loadu_si512(mixed), _mm512_and_si512(both, low), lower, 64, out);
+      unpack64(_mm512_loadu_si512(mixed + 64),
+               _mm512_and_si512(_mm512_srli_epi16(both, 4), low), upper, 64, out + 64);
+    }
+  }
+
+  static inline void unpack_64(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                               int64_t count, uint16_t *out) {
+    const __m512i low = _mm512_set1_epi8(15), bases = _mm512_loadu_si512(base);
+    for (; count > 0; --count, mixed += 64, pairs += 32, out += 64) {
       const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(pairs));
       const __m512i nibbles =
           _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
-      const __m512i below = _mm512_and_si512(nibbles, low);
-      unpack64(_mm512_loadu_si512(mixed), below, _mm512_loadu_si512(base), 64, out);
-      return;
+      unpack64(_mm512_loadu_si512(mixed), _mm512_and_si512(nibbles, low), bases, 64, out);
     }
+  }
+
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
+    const __m512i low = _mm512_set1_epi8(15);
     for (int64_t j = 0; j < half; j += 64) {
       const int64_t count = half - j < 64 ? half - j : 64;
       const __mmask64 mask = ~uint64_t{0} >> (64 - count);
@@ -133,7 +158,6 @@ struct Avx512 {
     }
   }
 
- private:
   static inline void unpack64(__m512i mixed, __m512i below, __m512i base, int64_t count,
                               uint16_t *out) {
     // Bytes are joined within quarters of 128 bits: eighths change places before.

@@ -107,4 +107,5 @@ class FormatSpec:
 
 
 EXACT = FormatSpec(name="exact", exact=True, bytes_per_byte=1.0)
-FORMATS: dict[str, FormatSpec] = {EXACT.name: EXACT}
+LOSSLESS = FormatSpec(name="lossless", exact=True, bytes_per_byte=193.75 / 256)
+FORMATS: dict[str, FormatSpec] = {EXACT.name: EXACT, LOSSLESS.name: LOSSLESS}

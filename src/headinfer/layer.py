@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headinfer.attention.api import AUTO
 from headinfer.errors import CacheStateError
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, PackedInPlace
 from headinfer.layout import HeadGroup
 
 
@@ -59,7 +59,7 @@ class Layer:
     index: int
     shape: KVShape
     device: torch.device
-    ranges: list[DirectHeads | OffloadedHeads]
+    ranges: list[DirectHeads | OffloadedHeads | PackedInPlace]
 
     @property
     def length(self) -> int:

@@ -14,11 +14,13 @@ import torch
 from headinfer.attention.api import AUTO
 from headinfer.balance import Pass
 from headinfer.errors import HeadInferError
-from headinfer.heads import WriteBuffers
+from headinfer.geometry import LOSSLESS
+from headinfer.heads import Codec, WriteBuffers
 from headinfer.layer import RunnerSettings
 from headinfer.layout import Tile, aligned
 from headinfer.near import NearData
 from headinfer.schedule import Schedule
+from headinfer.tiers import HostTier
 from headinfer.transfer import CudaEngine, InlineEngine, Loader, StagingRing, TransferEngine
 
 
@@ -31,6 +33,7 @@ class Link:
         buffers: blocks on their way down.
         schedule: which tiles will be wanted.
         near: attends on the CPU; None where every head streams.
+        codec: encodes and decodes packed blocks; None where all are plain.
     """
 
     ring: StagingRing
@@ -44,10 +47,12 @@ class Link:
         engine: TransferEngine,
         load: Loader,
         tiles_of: Callable[[int], Iterator[Tile]],
+        host: Callable[[], HostTier],
     ) -> None:
         self.device = device
         self.engine = engine
         self.near: NearData | None = None
+        self.codec = _codec(engine, device, settings, host)
         self._lap: _Lap | None = None
         self.staging_bytes = 0
         if not settings.staging:
@@ -65,6 +70,8 @@ class Link:
         self.buffers = WriteBuffers(engine, device, settings.write_bytes)
         self.schedule = Schedule(tiles_of)
         self.staging_bytes = settings.num_slots * settings.slot_bytes + 2 * settings.write_bytes
+        if self.codec is not None:
+            self.staging_bytes += settings.slot_bytes
         if settings.near_share or settings.near_adapts:
             # An implementation insisted on is the GPU's, unless it runs everywhere.
             attention = settings.attention if settings.attention == "reference" else AUTO
@@ -73,6 +80,8 @@ class Link:
     def begin(self, layer: int, *, near: bool) -> Pass | None:
         """Attention of `layer` begins; what the forward pass before it took, if it was one in
         which the CPU took part, and this is the first layer of another."""
+        if self.codec is not None:
+            self.codec.check()
         found = None
         if self._lap is None or layer <= self._lap.layer or not near:
             found = self._finished()
@@ -127,6 +136,18 @@ class _Lap:
     near_bytes: int
     loaded_bytes: int
     ended: float = 0.0
+
+
+def _codec(
+    engine: TransferEngine,
+    device: torch.device,
+    settings: RunnerSettings,
+    host: Callable[[], HostTier],
+) -> Codec | None:
+    if settings.kv_format != LOSSLESS.name:
+        return None
+    scratch = settings.slot_bytes + aligned(1) if settings.staging else 0
+    return Codec(engine, device, host, scratch_bytes=scratch, poison=settings.poison)
 
 
 def default_engine(device: torch.device) -> TransferEngine:

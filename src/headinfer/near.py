@@ -95,7 +95,7 @@ class NearData:
         with torch.inference_mode():
             for piece in work.heads.in_place(work.group, work.length):
                 total.add(piece)
-                self.attended_bytes += piece.k.nbytes + piece.v.nbytes
+                self.attended_bytes += piece.nbytes
             found = total.partial
             work.found.out.copy_(found.out)
             work.found.lse.copy_(found.lse)

@@ -20,7 +20,19 @@ from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, SavedLayer, of_group
+from headinfer.formats.lossless import why_not
+from headinfer.geometry import EXACT
+from headinfer.heads import (
+    Codec,
+    DirectHeads,
+    KVShape,
+    OffloadedHeads,
+    PackedHeads,
+    PackedInPlace,
+    Piece,
+    SavedLayer,
+    of_group,
+)
 from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
@@ -32,6 +44,9 @@ from headinfer.transfer import Copy, Ticket, TransferEngine
 NEAR_BYTES = 8 * 2**20
 """Offloaded keys and values of a layer below which the CPU is not asked while its share adapts:
 waiting for the queries would cost more than bringing the keys."""
+
+DEMOTED_TOKENS = 8192
+"""Resident tokens that are packed together: overflow is set aside for all of them."""
 
 TOGETHER_BYTES = 8 * 2**20
 """Outputs up to this size attend the newest tokens of all head groups in one call."""
@@ -118,11 +133,14 @@ class Runner:
     ) -> tuple[Tensor, Tensor] | None:
         heads = layer.ranges[place]
         try:
-            return heads.restore(saved)
+            found: tuple[Tensor, Tensor] | None = heads.restore(saved)
+            return found
         except TierFull as full:
             if full.tier != DeviceTier.name:
                 raise
-        below = layer.ranges[place] = self._offloaded(layer.shape, layer.device, heads.heads)
+        below = layer.ranges[place] = self._offloaded(
+            layer.index, layer.shape, layer.device, heads.heads
+        )
         self.demoted_heads += heads.heads.heads
         return below.restore(saved)
 
@@ -135,7 +153,7 @@ class Runner:
         try:
             heads.append(k[:, mine], v[:, mine])
         except TierFull as full:
-            if full.tier != DeviceTier.name:
+            if full.tier != DeviceTier.name or not isinstance(heads, DirectHeads):
                 raise
             below = self._demote(layer, place, heads)
             below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
@@ -143,11 +161,15 @@ class Runner:
     def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
         """Resident heads go to host memory, and stay there; takes as long as copying them."""
         self.before_change()
-        below = self._offloaded(layer.shape, layer.device, heads.heads)
+        below = self._offloaded(layer.index, layer.shape, layer.device, heads.heads)
         try:
+            step = DEMOTED_TOKENS if isinstance(below, PackedHeads) else 2**62
             for piece in heads.pieces(heads.store.length):
-                below.append(piece.k, piece.v, self._links[layer.device].buffers)
-                below.forget_recent()
+                for first in range(0, piece.k.shape[2], step):
+                    some = slice(first, first + step)
+                    k, v = piece.k[:, :, some], piece.v[:, :, some]
+                    below.append(k, v, self._links[layer.device].buffers)
+                    below.forget_recent()
         except BaseException:
             below.clear()
             raise
@@ -173,7 +195,7 @@ class Runner:
         if layer.offloaded:
             self._foresee(call)
         for heads in layer.ranges:
-            if isinstance(heads, DirectHeads):
+            if not isinstance(heads, OffloadedHeads):
                 total = self._total(call, heads.heads, collect=False)
                 for piece in heads.pieces(length):
                     total.add(piece)
@@ -301,9 +323,10 @@ class Runner:
         twin = Runner(self.settings, engine=self._engine_for)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
-            engine = twin._links[layer.device].engine
+            link = twin._links[layer.device]
             ranges = [
-                heads.clone(twin._tier(heads, layer.device), engine) for heads in layer.ranges
+                heads.clone(twin._tier(heads, layer.device), link.engine, link.codec)
+                for heads in layer.ranges
             ]
             twin.layers[index] = Layer(index, layer.shape, layer.device, ranges)
         return twin
@@ -351,6 +374,21 @@ class Runner:
         found.resident_bytes = sum(tier.used_bytes for tier in self._device_tiers.values())
         return found
 
+    def ratios(self) -> dict[int, float]:
+        """Per layer that has packed blocks, the bytes they take by those they stand for, overflow
+        included. Looks at every block: not for inside a loop."""
+        found: dict[int, float] = {}
+        for index, layer in self.layers.items():
+            sizes = [
+                heads.ratio()
+                for heads in layer.ranges
+                if isinstance(heads, (PackedHeads, PackedInPlace))
+            ]
+            stored, plain = (sum(part) for part in zip(*sizes, strict=True)) if sizes else (0, 0)
+            if plain:
+                found[index] = stored / plain
+        return found
+
     @property
     def links(self) -> list[Link]:
         """One per compute device."""
@@ -394,8 +432,20 @@ class Runner:
         if settings.staging:
             planned = settings.resident_heads
             resident = min(planned[index] if index < len(planned) else 0, count)
-        ranges: list[DirectHeads | OffloadedHeads] = []
-        if resident:
+        ranges: list[DirectHeads | OffloadedHeads | PackedInPlace] = []
+        codec = self._codec(shape, device)
+        if resident and codec is not None and not settings.staging:
+            group = HeadGroup(0, resident)
+            ranges.append(
+                PackedInPlace(
+                    self._host_tier(),
+                    shape,
+                    group,
+                    codec=codec,
+                    expected_tokens=settings.expected_tokens,
+                )
+            )
+        elif resident:
             # Without staging the tier compute reads in place is host memory itself.
             tier = self._device_tier(device) if settings.staging else self._host_tier()
             ranges.append(
@@ -407,19 +457,37 @@ class Runner:
                 )
             )
         if resident < count:
-            ranges.append(self._offloaded(shape, device, HeadGroup(resident, count)))
+            ranges.append(self._offloaded(index, shape, device, HeadGroup(resident, count)))
         layer = Layer(index, shape, device, ranges)
         self._share_out(layer)
         return layer
 
-    def _offloaded(self, shape: KVShape, device: torch.device, heads: HeadGroup) -> OffloadedHeads:
+    def _codec(self, shape: KVShape, device: torch.device) -> Codec | None:
+        """What packs a layer's blocks; None where they stay plain."""
+        unfit = why_not(shape.dtype, shape.key_dim, shape.value_dim)
+        return self._links[device].codec if unfit is None else None
+
+    def _offloaded(
+        self, index: int, shape: KVShape, device: torch.device, heads: HeadGroup
+    ) -> OffloadedHeads:
+        codec = self._codec(shape, device)
+        if codec is not None:
+            return PackedHeads(
+                self._host_tier(),
+                shape,
+                heads,
+                engine=self._links[device].engine,
+                device=device,
+                codec=codec,
+                expected_tokens=self.settings.expected_tokens,
+            )
         return OffloadedHeads(
             self._host_tier(),
             shape,
             heads,
             engine=self._links[device].engine,
             device=device,
-            fmt=format_named(self.settings.kv_format),
+            fmt=format_named(EXACT.name),
             expected_tokens=self.settings.expected_tokens,
         )
 
@@ -432,6 +500,7 @@ class Runner:
                 self._engine_for(device),
                 _weakly(self._load),
                 _weakly(self._tiles_of_layer),
+                _weakly(self._host_tier),
             )
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
@@ -464,7 +533,7 @@ class Runner:
         )
 
     def _tier(
-        self, heads: DirectHeads | OffloadedHeads, device: torch.device
+        self, heads: DirectHeads | OffloadedHeads | PackedInPlace, device: torch.device
     ) -> HostTier | DeviceTier:
         if isinstance(heads, DirectHeads) and self.settings.staging:
             return self._device_tier(device)

@@ -36,13 +36,14 @@ LEVEL_VARIABLE = "HEADINFER_NATIVE_LEVEL"
 """Environment variable that names the instruction level to use instead of the best."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NAME = "native"
 _threads: int | None = None
 
 
 class NativeAttention:
     """CPU calls with few query rows: decode, a batch of it, speculative tokens. With softcap, all."""
 
-    name = "native"
+    name = NAME
 
     def unsupported(self, spec: AttentionSpec) -> list[str]:
         reasons = []

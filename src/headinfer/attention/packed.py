@@ -185,7 +185,7 @@ def _described(run: PackedRun) -> _Described:
 
 
 def _recode(values: Tensor, run: PackedRun, *, encode: bool, level: str | None) -> _Recode:
-    heads, rows, blocks, width = run.slots.shape
+    heads, _, blocks, width = run.slots.shape
     layout = BlockLayout(run.dim)
     expected = (heads, len(run.rows), blocks * BLOCK_TOKENS, run.dim)
     dense = run.slots.stride()[2:] == (width, 1) or blocks <= 1

@@ -263,8 +263,8 @@ def _sums(slots: Tensor, layout: BlockLayout, entries: Tensor) -> Tensor:
     per escape or those of the overflow entry, then what the header says. Odd factors: one word
     that differs always shows."""
     raw = slots[:, layout.header + 1] == RAW
-    count, words = slots.shape[0], layout.header // 4
-    body = _number(slots[:, : layout.header].reshape(count, words, 4))
+    count = slots.shape[0]
+    body = _number(slots[:, : layout.header].reshape(count, layout.header // 4, 4))
     escapes = _number(slots[:, layout.header + 2 : layout.header + 4])
     tail = layout.entry_bytes // 4
     rest = body.new_zeros((slots.shape[0], tail))

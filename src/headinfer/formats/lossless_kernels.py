@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headinfer.formats.lossless import BlockLayout
 from headinfer.formats.overflow import Overflow
 
 PAIRS = 2048

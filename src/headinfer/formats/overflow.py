@@ -44,6 +44,7 @@ class Overflow:
         device: torch.device,
         *,
         wait: Callable[[object, bool], bool],
+        ahead: int = WRITES_AHEAD,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.layout = BlockLayout(dim)
@@ -58,6 +59,7 @@ class Overflow:
         self._old: list[Tensor] = []  # encoders under way may still read them
         self._allocate = allocate
         self._wait = wait
+        self._ahead = ahead
         self._issued = 0
         self._pending: deque[tuple[object, int]] = deque()
 
@@ -86,7 +88,7 @@ class Overflow:
         self._poll(block=False)
         full: TierFull | None = None
         while self._free < blocks:
-            ahead = self.entries < WRITES_AHEAD * blocks
+            ahead = self.entries < self._ahead * blocks
             if full is None and (ahead or not self._pending):
                 try:
                     self._grow()

@@ -41,6 +41,11 @@ class Piece(NamedTuple):
     k: Tensor
     v: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that attending it reads."""
+        return self.k.nbytes + self.v.nbytes
+
 
 def clip(piece: Piece, length: int) -> Piece:
     keep = length - piece.start

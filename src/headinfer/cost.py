@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.packing import ratio_of
 from headinfer.plan import Plan
 from headinfer.rates import Rates
 
@@ -71,7 +72,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     parts = dict(compute)
     paths = {"compute": sum(compute.values()), "launching": _host_s(plan, rates)}
     if rates.h2d_bytes_s is not None:
-        paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
+        paths["streaming"] = moved_bytes(plan, past) / rates.h2d_bytes_s
         parts["streaming"] = paths["streaming"]
     parts["launching"] = paths["launching"]
     return _slowest(paths, parts)
@@ -87,18 +88,19 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         "weights": params * geometry.itemsize / rates.weight_bytes_s,
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
     }
+    moved = moved_bytes(plan, length) if plan.staging else 0
     host_s = _host_s(plan, rates)
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         total = sum(parts.values())
         return StepTime(total, parts, max(parts, key=lambda name: parts[name]))
     chain = max(host_s, sum(device.values()))
-    near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
+    near_share = share_near(plan, rates, offloaded=moved, chain_s=chain)
     near_s = 0.0
     if near_share and rates.near_bytes_s is not None:
-        near_s = near_share * offloaded / rates.near_bytes_s
+        near_s = near_share * moved / rates.near_bytes_s
     parts["near-data attention"] = near_s
-    parts["streaming"] = (1 - near_share) * offloaded / rates.h2d_bytes_s
+    parts["streaming"] = (1 - near_share) * moved / rates.h2d_bytes_s
     found = _slowest({"chain": chain + near_s, "streaming": parts["streaming"]}, parts)
     if found.limit == "chain":
         waits = {name: parts[name] for name in parts if name != "streaming"}
@@ -156,6 +158,11 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
             heads = layer.num_kv_heads - resident
             total += plan.batch * heads * layer.head_bytes(tokens, plan.geometry.itemsize)
     return total
+
+
+def moved_bytes(plan: Plan, tokens: int) -> int:
+    """Bytes of offloaded heads as they are stored, over `tokens` tokens: what crosses a link."""
+    return int(offloaded_bytes(plan, tokens) * ratio_of(plan.geometry, plan.kv_format))
 
 
 def _host_s(plan: Plan, rates: Rates) -> float:

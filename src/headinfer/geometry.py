@@ -66,6 +66,7 @@ class Geometry:
         weight_bytes: bytes of all weights, 0 if unknown.
         max_positions: positions the model was made for, 0 if unknown.
         name: for messages.
+        dtype: type of keys and values, "bfloat16" for example; empty if unknown.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -76,6 +77,7 @@ class Geometry:
     weight_bytes: int = 0
     max_positions: int = 0
     name: str = "model"
+    dtype: str = ""
 
     @property
     def full_layers(self) -> tuple[LayerGeometry, ...]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from headinfer.budget import MIB, MemoryBudget, format_bytes
 from headinfer.errors import BudgetTooSmall, InputError
-from headinfer.geometry import FORMATS, FormatSpec, Geometry
+from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerKind
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
+from headinfer.packing import overflow_bytes, ratio_of, stored_head_bytes, why_plain
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -91,7 +92,8 @@ class Plan:
     @property
     def staging_bytes(self) -> int:
         """GPU memory through which offloaded keys and values pass: independent of the context."""
-        return self.num_slots * self.slot_bytes + 2 * self.write_bytes
+        unpacked = self.slot_bytes if self.kv_format == LOSSLESS.name else 0
+        return self.num_slots * self.slot_bytes + 2 * self.write_bytes + unpacked
 
     @property
     def offloaded_heads(self) -> int:
@@ -154,9 +156,61 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
         BudgetTooSmall: with the smallest budget that works.
         InputError: options that contradict each other or the device.
     """
-    if device == "cpu":
-        return _cpu_plan(geometry, options, batch)
-    return _gpu_plan(geometry, options, batch)
+    if options.kv_format is not None:
+        plan = _plan(geometry, options, device, batch)
+        return _with_format_reason(plan, "as asked for")
+    exact = replace(options, kv_format=EXACT.name)
+    packed = replace(options, kv_format=LOSSLESS.name)
+    if why_plain(geometry) is not None:
+        return _plan(geometry, exact, device, batch)
+    try:
+        plan = _plan(geometry, exact, device, batch)
+    except BudgetTooSmall as too_small:
+        if too_small.tier != "host":
+            raise
+        needed = format_bytes(too_small.needed_bytes)
+        why = f"as they are they would need {needed}, which the host budget does not allow"
+        return _with_format_reason(_plan(geometry, packed, device, batch), why)
+    if not _streams_longest(plan, options):
+        return plan
+    why = "streaming them takes longest in decode (measured rates)"
+    return _with_format_reason(_plan(geometry, packed, device, batch), why)
+
+
+def _plan(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
+    return (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
+
+
+def _streams_longest(plan: Plan, options: Options) -> bool:
+    """Whether bringing the offloaded keys of a step takes longer than launching it: what makes
+    fewer bytes a faster step. Without measured rates that is not known."""
+    rates, tokens, geometry = options.rates, plan.expected_tokens, plan.geometry
+    if rates is None or not rates.h2d_bytes_s or tokens is None or not plan.staging:
+        return False
+    if plan.device != "cuda" or not plan.offloaded_heads:
+        return False
+    offloaded = sum(
+        plan.batch * (layer.num_kv_heads - resident) * layer.head_bytes(tokens, geometry.itemsize)
+        for layer, resident in zip(geometry.layers, plan.resident_heads, strict=True)
+        if layer.kind is LayerKind.FULL
+    )
+    launching = len(geometry.layers) * rates.layer_s + rates.token_s
+    return offloaded / rates.h2d_bytes_s > launching
+
+
+def _with_format_reason(plan: Plan, why: str) -> Plan:
+    """Says what of the lossless format applies."""
+    if plan.kv_format != LOSSLESS.name:
+        return plan
+    plain = why_plain(plan.geometry)
+    if plain is not None:
+        reason = f"the lossless format does not apply: {plain}; they are stored as they are"
+        return replace(plan, kv_format=EXACT.name, reasons=(*plan.reasons, reason))
+    reason = (
+        "keys and values in host memory are stored without loss in "
+        f"{ratio_of(plan.geometry, plan.kv_format):.1%} of their bytes: {why}"
+    )
+    return replace(plan, reasons=(*plan.reasons, reason))
 
 
 def activation_bytes(geometry: Geometry, chunk_tokens: int, batch: int = 1) -> int:
@@ -192,6 +246,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             "it lies, which is near_data=1; leave it out"
         )
     slot_bytes, num_slots = _slots(options) if staging else (0, 0)
+    if staging:
+        _unpacked_bytes(geometry, options, slot_bytes, batch)
     chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
     where = "staged tile by tile" if staging else "attended in place, head by head"
     return _with_host(
@@ -203,12 +259,12 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             chunk_tokens=chunk,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
-            write_bytes=_write_bytes(geometry, chunk, batch) if staging else 0,
+            write_bytes=_write_bytes(geometry, options, chunk, batch) if staging else 0,
             resident_heads=_residents(geometry, options.resident_heads or 0),
             resident_bytes=None,
             near_share=(options.near_data or 0.0) if staging else 0.0,
             near_adapts=False,
-            kv_format=options.kv_format,
+            kv_format=options.kv_format or EXACT.name,
             budget=options.budget,
             gpu_parts={},
             host_bytes=0,
@@ -285,13 +341,14 @@ def _with_near_reason(plan: Plan) -> Plan:
 def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int) -> Plan:
     """Everything offloaded: the least memory this chunk size needs."""
     slot_bytes, num_slots = _slots(options)
-    write_bytes = _write_bytes(geometry, chunk, batch)
+    write_bytes = _write_bytes(geometry, options, chunk, batch)
+    unpacked = _unpacked_bytes(geometry, options, slot_bytes, batch)
     tails = sum(layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers)
     windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
     parts = {
         "weights": geometry.weight_bytes,
         "activations": activation_bytes(geometry, chunk, batch),
-        "staging": num_slots * slot_bytes + 2 * write_bytes,
+        "staging": num_slots * slot_bytes + 2 * write_bytes + unpacked,
         "tails": batch * tails,
         "windows": 2 * windows,
         "workspace": WORKSPACE_BYTES,
@@ -320,7 +377,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         resident_bytes=None,
         near_share=NEAR_SHARE if options.near_data is None else options.near_data,
         near_adapts=options.near_data is None,
-        kv_format=options.kv_format,
+        kv_format=options.kv_format or EXACT.name,
         budget=options.budget,
         gpu_parts={name: size for name, size in parts.items() if size},
         host_bytes=0,
@@ -409,14 +466,21 @@ def _with_host(plan: Plan) -> Plan:
     tokens, geometry = plan.expected_tokens, plan.geometry
     if tokens is None:
         return plan
-    spec: FormatSpec = FORMATS[plan.kv_format]
-    size = 0
+    size, packed = 0, plan.kv_format == LOSSLESS.name and why_plain(geometry) is None
     for index, layer in enumerate(geometry.layers):
         heads = _offloadable_heads(layer) - plan.resident_heads[index]
-        stored = tokens // BLOCK_TOKENS * BLOCK_TOKENS if plan.staging else tokens
-        per_head = plan.batch * layer.head_bytes(stored, geometry.itemsize)
+        per_head = plan.batch * stored_head_bytes(
+            geometry, layer, tokens, kv_format=plan.kv_format, in_place=not plan.staging
+        )
         if heads and per_head:
-            size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
+            size += aligned(heads * per_head) + aligned(1)
+    if packed and size:
+        size += overflow_bytes(
+            geometry,
+            batch=plan.batch,
+            chunk_tokens=min(plan.chunk_tokens, tokens),
+            in_place=not plan.staging,
+        )
     budget = plan.budget.host_bytes
     if budget is not None and size > budget:
         raise BudgetTooSmall(
@@ -456,14 +520,39 @@ def _slots(options: Options) -> tuple[int, int]:
     return options.tile_bytes or SLOT_BYTES, options.num_slots or NUM_SLOTS
 
 
-def _write_bytes(geometry: Geometry, chunk: int, batch: int) -> int:
+def _unpacked_bytes(geometry: Geometry, options: Options, slot_bytes: int, batch: int) -> int:
+    """The buffer that packed tiles are unpacked into; 0 where none are.
+
+    Raises:
+        BudgetTooSmall: a staging slot cannot hold one block of one head.
+    """
+    if options.kv_format != LOSSLESS.name or why_plain(geometry) is not None:
+        return 0
+    block = max(
+        batch * layer.head_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers
+    )
+    if slot_bytes < block:
+        raise BudgetTooSmall(
+            f"a staging slot of {slot_bytes} B cannot hold one block of one head, {block} B, which "
+            f"is what the lossless format moves; set tile_bytes to {block} or more, or "
+            "kv_format='exact'",
+            tier="gpu",
+            budget_bytes=slot_bytes,
+            needed_bytes=block,
+        )
+    return slot_bytes
+
+
+def _write_bytes(geometry: Geometry, options: Options, chunk: int, batch: int) -> int:
     """One chunk of the widest layer, at most 32 MiB: longer chunks pass in pieces."""
     widest = max(
         (layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers),
         default=0,
     )
     blocks = -(-chunk // BLOCK_TOKENS) + 1
-    return max(min(batch * widest * blocks, 32 * MIB), aligned(batch * widest)) + aligned(1)
+    # Encoded blocks stand beside the plain ones.
+    least = batch * widest * (2 if options.kv_format == LOSSLESS.name else 1)
+    return max(min(batch * widest * blocks, 32 * MIB), aligned(least)) + aligned(1)
 
 
 def _offloadable_heads(layer: Any) -> int:

@@ -112,6 +112,7 @@ def run(
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
+    kv_format: opt.KVFormatOption = None,
     on_unsupported: opt.OnUnsupportedOption = opt.OnUnsupported.error,
     save: opt.Save = None,
     context: opt.Context = None,
@@ -140,7 +141,9 @@ def run(
         text=text,
         question=question,
         max_new_tokens=max_new_tokens,
-        memory=Memory(gpu_memory, host_memory, chunk_tokens, on_unsupported.value),
+        memory=Memory(
+            gpu_memory, host_memory, chunk_tokens, on_unsupported.value, opt.name(kv_format)
+        ),
         device=device,
         dtype=opt.name(dtype),
         trust_remote_code=trust_remote_code,
@@ -184,6 +187,7 @@ def plan(
     gpu_memory: opt.GpuMemory = None,
     host_memory: opt.HostMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
+    kv_format: opt.KVFormatOption = None,
     device: opt.Device = None,
     dtype: opt.DtypeOption = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -194,7 +198,7 @@ def plan(
 
     show_plan(
         model,
-        Memory(gpu_memory, host_memory, chunk_tokens),
+        Memory(gpu_memory, host_memory, chunk_tokens, kv_format=opt.name(kv_format)),
         Elsewhere(gpu, ram),
         tokens=opt.token_count(tokens),
         new_tokens=new_tokens,

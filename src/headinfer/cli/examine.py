@@ -112,6 +112,7 @@ def show_plan(
         gpu_memory=memory.gpu_memory,
         host_memory=memory.host_memory,
         chunk_tokens=memory.chunk_tokens,
+        kv_format=memory.kv_format,
     )
     plan, most = found.plan, found.geometry.max_positions
     if 0 < most < tokens + new_tokens:

@@ -32,6 +32,7 @@ class Memory:
     host_memory: str | None = None
     chunk_tokens: int | None = None
     on_unsupported: str = "error"
+    kv_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ def _run_headwise(
             host_memory=job.memory.host_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
+            kv_format=job.memory.kv_format,
             expected_tokens=prompt.tokens + job.max_new_tokens,
             batch_size=sampling.num_beams,
             observer=bar,

@@ -159,6 +159,7 @@ def _run(
             host_memory=job.memory.host_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
+            kv_format=job.memory.kv_format,
             expected_tokens=framed.tokens + max(new, 1),
             observer=bar,
         ) as session,

@@ -15,13 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from headinfer.blocks import WRITES_AHEAD, BlockLayout
 from headinfer.errors import LosslessCorrupt, TierFull
-from headinfer.formats.lossless import BlockLayout
 
 CHUNK_BYTES = 2**20
-WRITES_AHEAD = 8
-"""Encodings under way that entries are set aside for before the host waits for the oldest."""
-
 Allocate = Callable[[int], Tensor]
 """`nbytes` bytes of host memory that the compute device reaches, or TierFull."""
 

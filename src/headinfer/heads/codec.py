@@ -16,9 +16,10 @@ from torch import Tensor
 
 from headinfer.attention import native, packed
 from headinfer.attention.packed import PackedRun
+from headinfer.blocks import WRITES_AHEAD
 from headinfer.errors import LosslessCorrupt, TierError
 from headinfer.formats import lossless
-from headinfer.formats.overflow import WRITES_AHEAD, Overflow
+from headinfer.formats.overflow import Overflow
 from headinfer.layout import BLOCK_TOKENS
 from headinfer.tiers import HostTier
 from headinfer.transfer import Copy, Ticket, TransferEngine

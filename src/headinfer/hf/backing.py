@@ -32,7 +32,7 @@ class CacheOptions(TypedDict, total=False):
     gpu_memory: str | int | None
     host_memory: str | int | None
     chunk_tokens: int | None
-    kv_format: str
+    kv_format: str | None
     expected_tokens: int | None
     on_unsupported: str
     tile_bytes: str | int | None
@@ -99,7 +99,8 @@ class Backing:
         self, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, batch: int
     ) -> Runner:
         """Plan and runner exist from now on."""
-        geometry = replace(geometry, itemsize=dtype.itemsize)
+        kind = str(dtype).removeprefix("torch.")
+        geometry = replace(geometry, itemsize=dtype.itemsize, dtype=kind)
         options = resolve_budget(self.options, device)
         self.plan = self._make_plan(geometry, options, device.type, batch)
         settings = settings_of(self.plan, self.options, self.wanted_bytes)

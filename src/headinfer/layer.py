@@ -22,6 +22,8 @@ class RunnerSettings:
         staging: stage tiles through the ring; False attends host memory in place (CPU only).
         slot_bytes: size of one staging slot.
         num_slots: slots in the ring.
+        ring_slot_bytes: what a slot takes where tiles are packed, as much as `slot_bytes` of plain
+            ones; 0 for `slot_bytes`.
         write_bytes: size of each of the two write-back buffers.
         resident_heads: per layer, the KV heads that stay on the compute device.
         resident_bytes: what they may take there; a layer that no longer fits is demoted. None for
@@ -49,6 +51,7 @@ class RunnerSettings:
     attention: str = AUTO
     near_share: float = 0.0
     near_adapts: bool = False
+    ring_slot_bytes: int = 0
     poison: bool = False
 
 

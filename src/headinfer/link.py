@@ -62,14 +62,15 @@ class Link:
                     "staging out, or set it to True"
                 )
             return
-        size = settings.slot_bytes + aligned(1)
+        size = (settings.ring_slot_bytes or settings.slot_bytes) + aligned(1)
         slots = [
             torch.empty(size, dtype=torch.uint8, device=device) for _ in range(settings.num_slots)
         ]
         self.ring = StagingRing(engine, slots, load, poison=settings.poison)
         self.buffers = WriteBuffers(engine, device, settings.write_bytes)
         self.schedule = Schedule(tiles_of)
-        self.staging_bytes = settings.num_slots * settings.slot_bytes + 2 * settings.write_bytes
+        held = settings.ring_slot_bytes or settings.slot_bytes
+        self.staging_bytes = settings.num_slots * held + 2 * settings.write_bytes
         if self.codec is not None:
             self.staging_bytes += settings.slot_bytes
         if settings.near_share or settings.near_adapts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from headinfer.blocks import WRITES_AHEAD, BlockLayout, why_not_packed
 from headinfer.geometry import LOSSLESS, Geometry, LayerGeometry
-from headinfer.layout import ALIGNMENT, BLOCK_TOKENS
+from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 
 MARGIN = 0.01
 """Of the slots: room for blocks that have to be stored raw, 4 % of them. Of SmolLM2's keys 0.02 %
@@ -58,6 +58,21 @@ def ratio_of(geometry: Geometry, kv_format: str) -> float:
             whole = layer.num_kv_heads * sum(BlockLayout(dim).slot_bytes for dim in dims)
         stored += whole
     return stored / plain if plain else 1.0
+
+
+def ring_slot_bytes(geometry: Geometry, slot_bytes: int, kv_format: str) -> int:
+    """What a staging slot takes for a tile of `slot_bytes` bytes of plain keys and values."""
+    if kv_format != LOSSLESS.name:
+        return slot_bytes
+    most = 0.0
+    for layer in geometry.full_layers:
+        share = 1.0
+        if _why_plain(geometry, layer) is None:
+            dims = layer.key_dim, layer.value_dim
+            blocks = sum(BlockLayout(dim).slot_bytes for dim in dims)
+            share = blocks / layer.head_bytes(BLOCK_TOKENS, geometry.itemsize)
+        most = max(most, share)
+    return min(slot_bytes, aligned(int(slot_bytes * most)) + ALIGNMENT)
 
 
 def _why_plain(geometry: Geometry, layer: LayerGeometry) -> str | None:

@@ -15,7 +15,13 @@ from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerKind
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
-from headinfer.packing import overflow_bytes, ratio_of, stored_head_bytes, why_plain
+from headinfer.packing import (
+    overflow_bytes,
+    ratio_of,
+    ring_slot_bytes,
+    stored_head_bytes,
+    why_plain,
+)
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -93,7 +99,12 @@ class Plan:
     def staging_bytes(self) -> int:
         """GPU memory through which offloaded keys and values pass: independent of the context."""
         unpacked = self.slot_bytes if self.kv_format == LOSSLESS.name else 0
-        return self.num_slots * self.slot_bytes + 2 * self.write_bytes + unpacked
+        return self.num_slots * self.ring_slot_bytes + 2 * self.write_bytes + unpacked
+
+    @property
+    def ring_slot_bytes(self) -> int:
+        """What one staging slot takes: packed tiles are smaller than what they are unpacked to."""
+        return ring_slot_bytes(self.geometry, self.slot_bytes, self.kv_format)
 
     @property
     def offloaded_heads(self) -> int:
@@ -343,12 +354,15 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
     slot_bytes, num_slots = _slots(options)
     write_bytes = _write_bytes(geometry, options, chunk, batch)
     unpacked = _unpacked_bytes(geometry, options, slot_bytes, batch)
+    ring = slot_bytes
+    if unpacked:
+        ring = ring_slot_bytes(geometry, slot_bytes, LOSSLESS.name)
     tails = sum(layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers)
     windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
     parts = {
         "weights": geometry.weight_bytes,
         "activations": activation_bytes(geometry, chunk, batch),
-        "staging": num_slots * slot_bytes + 2 * write_bytes + unpacked,
+        "staging": num_slots * ring + 2 * write_bytes + unpacked,
         "tails": batch * tails,
         "windows": 2 * windows,
         "workspace": WORKSPACE_BYTES,

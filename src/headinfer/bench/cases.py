@@ -26,6 +26,7 @@ class Mode(enum.StrEnum):
     GENERATE = "generate"
     DECODE = "decode"
     ATTENTION = "attention"
+    PACKED = "packed"
 
 
 MODES = {
@@ -35,6 +36,7 @@ MODES = {
     Mode.GENERATE: "read a prompt in chunks, then the first token, then further ones",
     Mode.DECODE: "tokens after a simulated context",
     Mode.ATTENTION: "attention inside one chunk after a simulated context",
+    Mode.PACKED: "the lossless format: round trips, kernels over packed keys, packed streams",
 }
 
 
@@ -68,9 +70,13 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("planned", "headinfer, as planned", True, 1.02),
         Contestant("replayed", "headinfer, as planned, steps replayed", True, 1.02),
         Contestant("all-resident", "headinfer, all resident", True, 0.0),
+        Contestant("streaming-lossless", "headinfer, streaming only, lossless", True, 0.8),
+        Contestant("mixed-lossless", "headinfer, mixed, lossless", True, 0.8),
+        Contestant("planned-lossless", "headinfer, as planned, lossless", True, 0.8),
     )
 }
-EVERYBODY = tuple(CONTESTANTS)
+PACKING = "-lossless"
+EVERYBODY = tuple(name for name in CONTESTANTS if not name.endswith(PACKING))
 PREFILLING = ("resident", "offloaded", "schedule", "streaming", "planned")
 """Near-data attention is for decode: in a prefill it would be streaming again."""
 
@@ -122,6 +128,7 @@ def _lengths(*kib: int) -> tuple[int, ...]:
 
 
 _8B = Case("", Mode.GENERATE, "cuda", "Llama-3-8B")
+_PACKED_8B = replace(_8B, cap="24GiB", default=False)
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -163,6 +170,40 @@ CASES: dict[str, Case] = {
             contestants=EVERYBODY,
             cap="24GiB",
             steps=10,
+        ),
+        Case(
+            "lossless-format", Mode.PACKED, "any", contexts=_lengths(128), repeats=9, default=False
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-decode-8b",
+            mode=Mode.DECODE,
+            contexts=_lengths(128, 256),
+            contestants=("streaming", "streaming-lossless", "mixed", "mixed-lossless"),
+            steps=10,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-prefill-8b",
+            contexts=_lengths(128),
+            contestants=("streaming", "streaming-lossless"),
+            repeats=2,
+            steps=4,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-prefill-256k-8b",
+            contexts=_lengths(64, 128, 256),
+            contestants=("planned-lossless",),
+            steps=4,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-million-8b",
+            mode=Mode.DECODE,
+            contexts=(1_000_000,),
+            contestants=("planned-lossless", "mixed-lossless"),
+            steps=8,
         ),
         Case(
             "smollm2-cpu",
@@ -278,7 +319,7 @@ def narrowed(case: Case, *, contestants: Sequence[str], contexts: Sequence[int])
     Raises:
         InputError: a pattern that is no contestant's name.
     """
-    names = _matching(contestants, CONTESTANTS, "contestant") if contestants else EVERYBODY
+    names = _matching(contestants, CONTESTANTS, "contestant") if contestants else CONTESTANTS
     kept = tuple(name for name in case.contestants if name in names)
     lengths = tuple(contexts) if contexts and case.contexts != (0,) else case.contexts
     return replace(case, contestants=kept, contexts=lengths)

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
 from headinfer.bench import baseline
+from headinfer.bench.cases import PACKING
 from headinfer.bench.shapes import Shape
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
 
@@ -189,6 +190,9 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         NotAvailable: not on this device.
     """
     options: dict[str, Any] = {"expected_tokens": ground.tokens, **ground.extra}
+    if name.endswith(PACKING):
+        options["kv_format"] = "lossless"
+        name = name.removesuffix(PACKING)
     if ground.cap is not None and ground.device.type == "cuda":
         options["gpu_memory"] = ground.cap
     if name == "planned":

@@ -136,6 +136,7 @@ def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettin
         staging=plan.staging,
         slot_bytes=plan.slot_bytes,
         num_slots=plan.num_slots,
+        ring_slot_bytes=plan.ring_slot_bytes,
         write_bytes=plan.write_bytes,
         resident_heads=plan.resident_heads,
         resident_bytes=plan.resident_bytes,

@@ -17,6 +17,7 @@ import importlib.resources
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,20 @@ def keys_and_values(name: str, tokens: int) -> tuple[str, list[dict[str, Tensor]
     return f"{name}, {ids.shape[1]} tokens of small_desk.md", layers
 
 
+ROW = ("entropy", "escapes a value", "most escapes of a block", "raw blocks", "ratio")
+
+
+def _compact(record: dict[str, Any]) -> str:
+    """A row per line, of what docs/lossless.md speaks of; means of everything."""
+    rows = [
+        [row["layer"], row["head"], row["what"], *(round(row[name], 5) for name in ROW)]
+        for row in record.pop("rows")
+    ]
+    head = json.dumps({**record, "columns": ["layer", "head", "what", *ROW]}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    return head.removesuffix("\n}") + ',\n "rows": [\n' + lines + "\n ]\n}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo")
@@ -148,7 +163,7 @@ def main() -> None:
             "means": means,
             "rows": rows,
         }
-        chosen.out.write_text(json.dumps(record, indent=1) + "\n")
+        chosen.out.write_text(_compact(record))
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         options["staging"] = True  # otherwise a CPU attends everything in place
     if name == "all-resident":
         return {**options, "resident_heads": ground.shape.kv_heads}
+    options.setdefault("kv_format", "exact")  # what is compared is not left to the plan
     # On a CPU nothing adapts: half of the heads are attended in place there.
     mixed = None if ground.device.type == "cuda" else 0.5
     share = {"streaming": 0.0, "near-data": 1.0, "mixed": mixed}[name]

@@ -256,7 +256,7 @@ BOUNDS: tuple[Bound, ...] = (
         True,
     ),
     Bound(
-        "lossless format: mixed decode at 128K against the exact format",
+        "lossless format: mixed decode of 128K keys against the exact format",
         1.1,
         True,
         ">= 1.1x",
@@ -265,7 +265,7 @@ BOUNDS: tuple[Bound, ...] = (
         True,
     ),
     Bound(
-        "lossless format: mixed decode at 256K against the exact format",
+        "lossless format: mixed decode of 256K keys against the exact format",
         1.1,
         True,
         ">= 1.1x",
@@ -274,7 +274,7 @@ BOUNDS: tuple[Bound, ...] = (
         True,
     ),
     Bound(
-        "lossless format: prefill of 128K against the exact format",
+        "lossless format: prefill over 128K against the exact format",
         0.97,
         True,
         ">= 0.97x its speed",

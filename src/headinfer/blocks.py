@@ -18,6 +18,9 @@ STEP_DIM = 16
 MAX_DIM = 512
 """The place of a value within a block is stored in 16 bits."""
 
+CHUNK_BYTES = 2**20
+"""Overflow entries are allocated this much at a time."""
+
 WRITES_AHEAD = 8
 """Encodings under way that overflow entries are set aside for before the host waits."""
 

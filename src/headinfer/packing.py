@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from headinfer.blocks import WRITES_AHEAD, BlockLayout, why_not_packed
+from headinfer.blocks import CHUNK_BYTES, WRITES_AHEAD, BlockLayout, why_not_packed
 from headinfer.geometry import LOSSLESS, Geometry, LayerGeometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 
@@ -35,14 +35,20 @@ def stored_head_bytes(
 def overflow_bytes(geometry: Geometry, *, batch: int, chunk_tokens: int, in_place: bool) -> int:
     """Host memory set aside for raw blocks among those being encoded: of a chunk of the layer that
     has most, for several writes at once unless each is over before the next."""
-    most = 0
+    writes = 1 if in_place else WRITES_AHEAD
+    blocks = batch * writes * (-(-chunk_tokens // BLOCK_TOKENS) + 1)
+    most: dict[int, int] = {}
     for layer in geometry.full_layers:
         if _why_plain(geometry, layer) is None:
-            dims = layer.key_dim, layer.value_dim
-            entries = sum(BlockLayout(dim).entry_bytes for dim in dims)
-            most = max(most, batch * layer.num_kv_heads * entries)
-    writes = 1 if in_place else WRITES_AHEAD
-    return most * writes * (-(-chunk_tokens // BLOCK_TOKENS) + 1)
+            for dim in {layer.key_dim, layer.value_dim}:
+                sides = (layer.key_dim == dim) + (layer.value_dim == dim)
+                most[dim] = max(most.get(dim, 0), sides * layer.num_kv_heads * blocks)
+    total = 0
+    for dim, needed in most.items():
+        size = BlockLayout(dim).entry_bytes
+        chunk = max(1, CHUNK_BYTES // size)
+        total += -(-needed // chunk) * aligned(chunk * size)
+    return total
 
 
 def ratio_of(geometry: Geometry, kv_format: str) -> float:

@@ -30,6 +30,9 @@ from headinfer.heads import PackedPiece, Piece
 EXPAND_BYTES = 64 * 2**20
 """Latent keys and values are expanded, and those with softcap copied where no kernel fuses it, this much at once."""
 
+DECODED_BYTES = 512 * 2**20
+"""Packed keys and values that no kernel reads as they are get decoded this much at once."""
+
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
 
@@ -128,7 +131,7 @@ class Total:
         start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
         q = self._q[:, :, block.rows[0] : block.rows[1]]
         if start or block.causal or not self._reads_packed(piece, block, q):
-            self._add_block(piece.plain(start, stop), block)
+            self._add_decoded(piece, block, start, stop)
             return
         bias = block.bias
         if bias is not None and bias.shape[1] != 1:
@@ -146,6 +149,25 @@ class Total:
             softcap=self._query.softcap,
         )
         self._merge(block.rows, part)
+
+    def _add_decoded(self, piece: PackedPiece, block: Block, start: int, stop: int) -> None:
+        """Some heads at a time where all of them decoded would be large."""
+        size = piece.nbytes * 4 // 3 * (stop - start) // max(piece.stop - piece.start, 1)
+        step = max(1, piece.heads * DECODED_BYTES // max(size, 1))
+        if step >= piece.heads or self._query.expand is not None:
+            self._add_block(piece.plain(start, stop), block)
+            return
+        per_kv, first = self._q.shape[1] // piece.heads, self._heads[0]
+        groups: list[Total] = []
+        for head in range(0, piece.heads, step):
+            last = min(head + step, piece.heads)
+            group = Total(self._query, self._q, (head * per_kv, last * per_kv), self._impl, True)
+            group._heads = first + head * per_kv, first + last * per_kv  # in a bias of all heads
+            group._add_block(piece.plain(start, stop, slice(head, last)), block)
+            groups.append(group)
+        if not self._collect and len(self._parts) > 1:
+            _ = self.partial
+        self.join(groups)
 
     def _reads_packed(self, piece: PackedPiece, block: Block, q: Tensor) -> bool:
         query = self._query

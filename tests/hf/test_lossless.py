@@ -127,6 +127,18 @@ def test_the_plan_packs_what_would_not_fit_otherwise(model):
     assert easy.kv_format == "exact"
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_host_memory_stays_within_what_was_predicted(model, ids, placement):
+    """Law 4, with the overflow that is set aside."""
+    how = PLACEMENTS[placement]
+    with headinfer.attach(model, kv_format="lossless", expected_tokens=1100, **how) as run:
+        with torch.no_grad():
+            for part in ids(1100).split(run.plan.chunk_tokens, dim=1):
+                model(part, past_key_values=run.cache, use_cache=True)
+        held = run.cache.stats().host_bytes
+    assert held <= run.plan.host_bytes
+
+
 def test_what_cannot_be_packed_is_said(build):
     plain = build("llama")
     with headinfer.attach(plain, kv_format="lossless", expected_tokens=1000) as run:

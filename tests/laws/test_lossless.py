@@ -340,3 +340,15 @@ def test_a_large_prompt_passes_a_small_buffer_head_by_head():
     pair.forward(700, 1)
     pair.forward(130, 1)
     pair.finish()
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_decoding_some_heads_at_a_time_is_the_same(without, monkeypatch):
+    if without:
+        monkeypatch.setattr("headinfer.totals.DECODED_BYTES", 1)
+    pair = Pair("cpu", "in place", heads=3, expected_tokens=1000)
+    pair.forward(300, 2)
+    pair.forward(100, 2)  # too many rows for the kernel that reads packed keys
+    pair.same = not without
+    pair.forward(70, 2)
+    pair.finish()

@@ -172,6 +172,7 @@ class _Described(NamedTuple):
 
 def _described(run: PackedRun) -> _Described:
     step, overflow = run.slots.stride(1), run.overflow
+    entries = overflow.entries  # before the table, which may grow meanwhile
     rows = torch.tensor([row * step for row in run.rows], dtype=torch.int64)
     record = _Packed(
         run.slots.data_ptr(),
@@ -179,7 +180,7 @@ def _described(run: PackedRun) -> _Described:
         overflow.table.data_ptr(),
         run.slots.stride(0),
         overflow.chunk_entries,
-        overflow.entries,
+        entries,
     )
     return _Described(record, rows)
 

@@ -105,7 +105,7 @@ def _entry(table, index, chunk_entries, DIM: tl.constexpr):
     return address.to(tl.pointer_type(tl.int16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tag", "entries", "chunk_entries"])
 def _decode(
     slots, out, table, damaged, tag, entries, chunk_entries,
     DIM: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
@@ -175,7 +175,7 @@ def _weighted(words, number):
     return tl.sum((2 * number + 1).to(tl.uint32) * words.to(tl.uint32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ring_length", "chunk_entries"])
 def _encode(
     values, slots, table, ring, counter, ring_length, chunk_entries,
     DIM: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,

@@ -15,10 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headinfer.blocks import WRITES_AHEAD, BlockLayout
+from headinfer.blocks import CHUNK_BYTES, WRITES_AHEAD, BlockLayout
 from headinfer.errors import LosslessCorrupt, TierFull
 
-CHUNK_BYTES = 2**20
 Allocate = Callable[[int], Tensor]
 """`nbytes` bytes of host memory that the compute device reaches, or TierFull."""
 

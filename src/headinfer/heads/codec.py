@@ -155,13 +155,18 @@ class Codec:
             )
 
     def _allocate(self, nbytes: int) -> Tensor:
-        tier = self._host()
-        found = tier.view(tier.allocate(nbytes), 0, (nbytes,), torch.uint8)
-        if self.device.type == "cuda" and tier.pin_failure is not None:
+        # Not an extent of the tier's own: a GPU reaches registered memory under its host address
+        # only on some systems, memory that CUDA allocated on all of them.
+        pin = self.device.type == "cuda"
+        try:
+            with torch.inference_mode(False):
+                found = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+        except RuntimeError as error:
             raise TierError(
-                "kv_format='lossless' needs page-locked host memory, which a GPU reaches by itself, "
-                f"and there is none: {tier.pin_failure}. Use kv_format='exact'"
-            )
+                f"the system gave no {nbytes} B of {'page-locked ' if pin else ''}host memory for blocks "
+                f"that do not compress ({error}). Use kv_format='exact'"
+            ) from error
+        self._host().adopt(found, nbytes)
         return found
 
     def _done(self, ticket: object, block: bool) -> bool:

@@ -9,6 +9,7 @@
 #include <limits>
 #include <new>
 
+#include "blocks.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -33,17 +34,10 @@ const Level *const *levels(int32_t &count) {
   return found;
 }
 
-const Level *level_at(int32_t index) {
-  int32_t count = 0;
-  const Level *const *all = levels(count);
-  if (index >= 0) return index < count && all[index]->runs() ? all[index] : nullptr;
-  if (index != -1) return nullptr;
-  return *std::find_if(all, all + count, [](const Level *level) { return level->runs(); });
-}
-
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-int32_t check(const headinfer_attend_args *args) {
+// `packed` keys are not looked for in args->k and args->v.
+int32_t check(const headinfer_attend_args *args, int64_t packed) {
   if (args == nullptr) return HEADINFER_NULL_POINTER;
   const headinfer_attend_args &a = *args;
   if (a.threads < 1 || a.threads > HEADINFER_MAX_THREADS) return HEADINFER_BAD_THREADS;
@@ -56,7 +50,8 @@ int32_t check(const headinfer_attend_args *args) {
   if (level_at(a.level) == nullptr) return HEADINFER_BAD_LEVEL;
   const bool empty = a.batch * a.kv_heads * a.rows == 0;
   if (!empty && (a.out == nullptr || a.lse == nullptr)) return HEADINFER_NULL_POINTER;
-  if (!empty && a.keys > 0 && (a.q == nullptr || a.k == nullptr || a.v == nullptr))
+  if (!empty && a.keys > 0 && a.q == nullptr) return HEADINFER_NULL_POINTER;
+  if (!empty && a.keys > packed && (a.k == nullptr || a.v == nullptr))
     return HEADINFER_NULL_POINTER;
   if (!empty && a.keys > 0 && a.biased != HEADINFER_NO_BIAS && a.bias == nullptr)
     return HEADINFER_NULL_POINTER;
@@ -67,8 +62,9 @@ int32_t check(const headinfer_attend_args *args) {
 // share their rows, and whoever finishes the last of them merges.
 class Split {
  public:
-  Split(const headinfer_attend_args &call, RunTile run_tile)
+  Split(const headinfer_attend_args &call, const PackedCall *packed, RunTile run_tile)
       : call_(call),
+        packed_(packed),
         run_(run_tile),
         packed_rows_(call.q_per_kv * call.rows),
         row_blocks_(divide_up(packed_rows_, kTileRows)),
@@ -81,7 +77,8 @@ class Split {
   Job job() {
     const size_t partials = sizeof(float) * static_cast<size_t>(groups_ * spans_ * partial_floats_);
     const size_t counters = sizeof(std::atomic<int64_t>) * static_cast<size_t>(groups_);
-    return Job{run_item, this, groups_ * spans_, tile_scratch_bytes(call_), counters + partials};
+    return Job{run_item, this, groups_ * spans_, tile_scratch_bytes(call_, packed_ != nullptr),
+               counters + partials};
   }
 
   static void lay_out(void *context, void *shared) {
@@ -109,6 +106,7 @@ class Split {
     const int64_t block = group % row_blocks_, head = group / row_blocks_;
     Tile t{};
     t.call = &call_;
+    t.packed = packed_;
     t.kv_head = head % call_.kv_heads;
     t.batch = head / call_.kv_heads;
     t.first_row = block * kTileRows;
@@ -171,26 +169,55 @@ class Split {
   }
 
   const headinfer_attend_args &call_;
+  const PackedCall *const packed_;
   const RunTile run_;
   const int64_t packed_rows_, row_blocks_, span_keys_, spans_, groups_, partial_floats_;
   std::atomic<int64_t> *unfinished_ = nullptr;  // [groups_] tiles
   float *partials_ = nullptr;                   // [groups_ * spans_] of sums, weight, peak
 };
 
-int32_t attend(const headinfer_attend_args &args) {
+int32_t attend(const headinfer_attend_args &args, const PackedCall *packed) {
   if (args.batch * args.kv_heads * args.rows == 0) return HEADINFER_OK;
-  Split split(args, level_at(args.level)->run[args.type]);
+  const Level *level = level_at(args.level);
+  Split split(args, packed, packed == nullptr ? level->run[args.type] : level->run_packed);
   return run_job(split.job(), args.threads, Split::lay_out) ? HEADINFER_OK : HEADINFER_NO_MEMORY;
+}
+
+bool packs(int64_t dim) { return dim >= 16 && dim <= kMaxPackedDim && dim % 16 == 0; }
+
+bool describes(const headinfer_packed *packed) {
+  return packed != nullptr && packed->slots != nullptr && packed->rows != nullptr &&
+         packed->entries >= 0 && (packed->entries == 0 || packed->chunks != nullptr) &&
+         packed->chunk_entries > 0;
+}
+
+int32_t check_packed(const headinfer_attend_args &a, const headinfer_packed *k,
+                     const headinfer_packed *v, int64_t packed, const int64_t *damaged) {
+  if (damaged == nullptr || !describes(k) || !describes(v)) return HEADINFER_NULL_POINTER;
+  if (a.type != HEADINFER_BFLOAT16) return HEADINFER_BAD_TYPE;
+  const bool whole = packed % kBlockTokens == 0;
+  if (packed < 0 || (a.keys > packed && !whole) || !packs(a.key_dim) || !packs(a.value_dim))
+    return HEADINFER_BAD_SHAPE;
+  return HEADINFER_OK;
 }
 
 }  // namespace
 
-size_t tile_scratch_bytes(const headinfer_attend_args &call) {
+const Level *level_at(int32_t index) {
+  int32_t count = 0;
+  const Level *const *all = levels(count);
+  if (index >= 0) return index < count && all[index]->runs() ? all[index] : nullptr;
+  if (index != -1) return nullptr;
+  return *std::find_if(all, all + count, [](const Level *level) { return level->runs(); });
+}
+
+size_t tile_scratch_bytes(const headinfer_attend_args &call, bool packed) {
   // Widths are rounded up to the widest step of any level, 32 elements.
   const int64_t rows = std::min(kTileRows, call.q_per_kv * call.rows);
   const int64_t floats = rows * (divide_up(call.key_dim, 32) * 32 +
                                  divide_up(call.value_dim, 32) * 32 + kBlockKeys + 1);
-  return sizeof(float) * static_cast<size_t>(floats) + 4 * 64;
+  const int64_t decoded = packed ? 2 * kBlockKeys * (call.key_dim + call.value_dim) : 0;
+  return sizeof(float) * static_cast<size_t>(floats) + static_cast<size_t>(decoded) + 6 * 64;
 }
 
 }  // namespace headinfer
@@ -213,14 +240,37 @@ int32_t headinfer_level_runs(int32_t level) {
   return level >= 0 && headinfer::level_at(level) != nullptr ? 1 : 0;
 }
 
-int32_t headinfer_attend(const headinfer_attend_args *args) {
-  const int32_t problem = headinfer::check(args);
-  if (problem != HEADINFER_OK) return problem;
+static int32_t attend_checked(const headinfer_attend_args &args,
+                              const headinfer::PackedCall *packed) {
   try {
-    return headinfer::attend(*args);
+    return headinfer::attend(args, packed);
   } catch (const std::bad_alloc &) {
     return HEADINFER_NO_MEMORY;
   } catch (...) {
     return HEADINFER_SYSTEM_ERROR;
   }
+}
+
+int32_t headinfer_attend(const headinfer_attend_args *args) {
+  const int32_t problem = headinfer::check(args, 0);
+  return problem != HEADINFER_OK ? problem : attend_checked(*args, nullptr);
+}
+
+int32_t headinfer_attend_packed(const headinfer_attend_args *args, const headinfer_packed *k,
+                                const headinfer_packed *v, int64_t packed, int64_t damaged[4]) {
+  using namespace headinfer;
+  int32_t problem = check(args, packed);
+  if (problem == HEADINFER_OK) problem = check_packed(*args, k, v, packed, damaged);
+  if (problem != HEADINFER_OK) return problem;
+  int64_t number = 0;
+  // Blocks that are packed for more tokens than are attended are not looked at.
+  const PackedCall call{k, v, divide_up(packed, kBlockTokens) * kBlockTokens, &number};
+  problem = attend_checked(*args, &call);
+  if (problem != HEADINFER_OK || number == 0) return problem;
+  const int64_t blocks = call.tokens / kBlockTokens, block = number - 1;
+  damaged[3] = block % blocks;
+  damaged[2] = block / blocks % args->kv_heads;
+  damaged[1] = block / blocks / args->kv_heads % args->batch;
+  damaged[0] = block / blocks / args->kv_heads / args->batch;
+  return HEADINFER_CORRUPT;
 }

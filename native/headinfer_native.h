@@ -17,7 +17,7 @@ extern "C" {
 #define HEADINFER_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a signature or the struct below changes; the caller refuses any other value.
-#define HEADINFER_ABI 2
+#define HEADINFER_ABI 4
 #define HEADINFER_MAX_THREADS 1024
 #define HEADINFER_MAX_DIM 1024
 
@@ -29,7 +29,9 @@ enum headinfer_status {
   HEADINFER_BAD_LEVEL = 4,
   HEADINFER_BAD_TYPE = 5,
   HEADINFER_NO_MEMORY = 6,
-  HEADINFER_SYSTEM_ERROR = 7
+  HEADINFER_SYSTEM_ERROR = 7,
+  HEADINFER_CORRUPT = 8,  // a packed block that no encoder wrote, or not with that checksum
+  HEADINFER_NO_ENTRIES = 9
 };
 
 enum headinfer_type { HEADINFER_FLOAT32 = 0, HEADINFER_BFLOAT16 = 1, HEADINFER_FLOAT16 = 2 };
@@ -59,6 +61,17 @@ typedef struct headinfer_attend_args {
   int32_t level;   // index of an instruction level, or -1 for the best this CPU runs
 } headinfer_attend_args;
 
+// Keys or values of bfloat16 in packed blocks of 128 tokens, as docs/lossless.md has the bytes. A run
+// of blocks of one head is contiguous.
+typedef struct headinfer_packed {
+  uint8_t *slots;               // of the first row, head and block
+  const int64_t *rows;          // [batch] bytes from `slots` to each row
+  const uint8_t *const *chunks; // overflow entries: equal runs of `chunk_entries`
+  int64_t head_stride;          // bytes
+  int64_t chunk_entries;
+  int64_t entries;              // in all chunks together
+} headinfer_packed;
+
 HEADINFER_EXPORT int32_t headinfer_abi(void);
 
 // Instruction levels built into this library, best first.
@@ -69,6 +82,31 @@ HEADINFER_EXPORT int32_t headinfer_level_runs(int32_t level);
 // Fills out and lse; a row that sees no key gets 0 and -inf. Bits do not depend on `threads`.
 HEADINFER_EXPORT int32_t headinfer_attend(const headinfer_attend_args *args);
 
+// As headinfer_attend, with `packed` tokens, whole blocks, of keys and values in packed blocks and the
+// tokens after them in args->k and args->v. Same bits as over plain ones. Where a block is damaged the
+// answer is HEADINFER_CORRUPT, and `damaged` says where: 0 keys or 1 values, row, head, block.
+HEADINFER_EXPORT int32_t headinfer_attend_packed(const headinfer_attend_args *args,
+                                                 const headinfer_packed *k,
+                                                 const headinfer_packed *v, int64_t packed,
+                                                 int64_t damaged[4]);
+
+// Encodes (encode != 0) values into slots or decodes slots into values: [batch, heads, blocks x 128, dim]
+// of bfloat16 in `values`, whose strides count elements; the last dim is contiguous. Encoding takes
+// overflow entries from free[0 .. free_count), in no certain order, and says in `used` how many;
+// if these do not suffice the answer is HEADINFER_NO_ENTRIES. Decoding compares checksums if `verify`.
+typedef struct headinfer_recode_args {
+  uint16_t *values;
+  const int32_t *free;
+  int64_t value_stride[3]; // batch, head, token
+  int64_t batch, heads, blocks, dim;
+  int64_t free_count;
+  int64_t used;       // written
+  int64_t damaged[4]; // written
+  int32_t encode, verify, threads, level;
+} headinfer_recode_args;
+
+HEADINFER_EXPORT int32_t headinfer_recode(headinfer_recode_args *args,
+                                          const headinfer_packed *packed);
 // Attention over a context that lies in several runs: `calls`, at least one, agree in everything
 // but their keys, values and bias. One call writes to out and lse itself; the results of several go
 // wherever each call says and are merged into out and lse.

@@ -13,7 +13,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "blocks.h"
+#include "elements.h"
 #include "tile.h"
 #include "vector_math.h"
 
@@ -37,6 +40,107 @@ struct Ahead {
     for (; count > 0 && rows > 0; --count, --rows, next += stride)
       for (int line = 0; line < lines; ++line) __builtin_prefetch(next + line * 64, 0, 3);
   }
+};
+
+// Where the rows of some keys or values are.
+template <class T>
+struct Rows {
+  const T *first;
+  int64_t stride;
+};
+
+// Keys or values that lie plain.
+template <class T>
+class PlainRows {
+ public:
+  PlainRows(const T *first, int64_t stride, int64_t dim, int64_t)
+      : first_(first), stride_(stride), dim_(dim) {}
+
+  static constexpr int64_t kScoredKeys = kBlockKeys;
+  static int64_t scratch_bytes(int64_t) { return 0; }
+  void lend(char *) {}
+  Rows<T> get(int64_t key, int64_t) const { return {first_ + key * stride_, stride_}; }
+  Ahead ahead(int64_t key, int64_t keys) const {
+    constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char *>(first_ + key * stride_), stride_ * kSize, keys,
+            static_cast<int>((dim_ * kSize + 63) / 64)};
+  }
+
+ private:
+  const T *first_;
+  int64_t stride_, dim_;
+};
+
+// Both parts of packed keys or values.
+struct AheadPacked {
+  Ahead mixed, pairs;
+
+  inline void fetch(int64_t count) {
+    mixed.fetch(count);
+    pairs.fetch(count);
+  }
+};
+
+// Keys or values in packed blocks, decoded a block of keys at a time, and plain ones after them.
+template <class S>
+class PackedRows {
+ public:
+  // `first` is the row's key 0 as if all lay plain; blocks are those of `where` for row and head.
+  PackedRows(const BFloat16 *tail, int64_t stride, int64_t dim, int64_t first_key)
+      : tail_(tail), stride_(stride), first_key_(first_key), at_{dim} {}
+
+  void place(const headinfer_packed &where, const Tile &tile, bool values) {
+    const headinfer_attend_args &call = *tile.call;
+    where_ = &where;
+    slots_ = where.slots + where.rows[tile.batch] + tile.kv_head * where.head_stride;
+    tokens_ = tile.packed->tokens;
+    damaged_ = tile.packed->damaged;
+    const int64_t blocks = tokens_ / kBlockTokens;
+    number_ = 1 + (((values ? call.batch : 0) + tile.batch) * call.kv_heads + tile.kv_head) * blocks;
+  }
+
+  // Keys that are decoded before they are scored: few, so that they stay near.
+  static constexpr int64_t kScoredKeys = 32;
+  static int64_t scratch_bytes(int64_t dim) {
+    return round_up(kBlockKeys * dim * static_cast<int64_t>(sizeof(BFloat16)), 64);
+  }
+  void lend(char *scratch) { scratch_ = reinterpret_cast<BFloat16 *>(scratch); }
+
+  Rows<BFloat16> get(int64_t key, int64_t keys) const {
+    key += first_key_;
+    if (key >= tokens_) return {tail_ + (key - tokens_) * stride_, stride_};
+    const int64_t block = key / kBlockTokens;
+    if (!headinfer::unpack<S>(slots_ + block * at_.slot_bytes(), *where_, at_.dim,
+                              key % kBlockTokens, keys, &scratch_->bits)) {
+      std::memset(scratch_, 0, static_cast<size_t>(keys * at_.dim) * sizeof(BFloat16));
+      __atomic_store_n(damaged_, number_ + block, __ATOMIC_RELAXED);
+    }
+    return {scratch_, at_.dim};
+  }
+
+  AheadPacked ahead(int64_t key, int64_t keys) const {
+    key += first_key_;
+    if (key >= tokens_) keys = 0;
+    const uint8_t *slot = slots_ + key / kBlockTokens * at_.slot_bytes();
+    const int64_t token = key % kBlockTokens, half = at_.dim / 2;
+    const char *mixed = reinterpret_cast<const char *>(slot + token * at_.dim);
+    const char *pairs = reinterpret_cast<const char *>(slot + at_.nibbles() + token * half);
+    if (keys > 0 && token == 0)  // bases, header and escapes
+      for (int64_t byte = at_.bases(); byte < at_.slot_bytes(); byte += 64)
+        __builtin_prefetch(slot + byte, 0, 3);
+    return {{mixed, at_.dim, keys, static_cast<int>((at_.dim + 63) / 64)},
+            {pairs, half, keys, static_cast<int>((half + 63) / 64)}};
+  }
+
+ private:
+  const headinfer_packed *where_ = nullptr;
+  const uint8_t *slots_ = nullptr;
+  const BFloat16 *tail_;
+  int64_t stride_, first_key_;
+  BlockLayout at_;
+  BFloat16 *scratch_ = nullptr;
+  int64_t tokens_ = 0, number_ = 0;
+  int64_t *damaged_ = nullptr;
 };
 
 // Scores of keys in float32: two vectors of elements at a time, multiplied and added.
@@ -70,21 +174,20 @@ struct FloatDots {
   }
 };
 
-template <class S, class T, class Dots>
+template <class S, class T, class Dots, class Source>
 class TileRun {
   using F = typename S::F;
   using Packed = typename Dots::Packed;
   static constexpr int W = S::kWidth;
   static constexpr int64_t P = kBlockKeys;
+  static constexpr bool kPacked = !std::is_same<Source, PlainRows<T>>::value;
 
  public:
   TileRun(const Tile &tile, void *scratch)
       : tile_(tile),
         call_(*tile.call),
-        k_(static_cast<const T *>(call_.k) + tile.batch * call_.k_stride[0] +
-           tile.kv_head * call_.k_stride[1] + tile.first_key * call_.k_stride[2]),
-        v_(static_cast<const T *>(call_.v) + tile.batch * call_.v_stride[0] +
-           tile.kv_head * call_.v_stride[1] + tile.first_key * call_.v_stride[2]),
+        k_(at(call_.k, call_.k_stride, tile), call_.k_stride[2], call_.key_dim, tile.first_key),
+        v_(at(call_.v, call_.v_stride, tile), call_.v_stride[2], call_.value_dim, tile.first_key),
         q_width_(round_up(call_.key_dim, Dots::kStep)),
         o_width_(round_up(call_.value_dim, 2 * W)) {
     char *free = static_cast<char *>(scratch);
@@ -92,6 +195,12 @@ class TileRun {
     p_ = carve<float>(free, tile.rows * P);
     rescale_ = carve<float>(free, tile.rows);
     q_ = carve<Packed>(free, tile.rows * q_width_);
+    k_.lend(carve<char>(free, Source::scratch_bytes(call_.key_dim)));
+    v_.lend(carve<char>(free, Source::scratch_bytes(call_.value_dim)));
+    if constexpr (kPacked) {
+      k_.place(*tile.packed->k, tile, false);
+      v_.place(*tile.packed->v, tile, true);
+    }
   }
 
   void run() {
@@ -119,6 +228,13 @@ class TileRun {
     return here;
   }
 
+  // Key `first_key` of the tile's row and head; of packed ones, the first that lies plain.
+  static const T *at(const void *kv, const int64_t *stride, const Tile &tile) {
+    if (kv == nullptr) return nullptr;
+    return static_cast<const T *>(kv) + tile.batch * stride[0] + tile.kv_head * stride[1] +
+           (kPacked ? 0 : tile.first_key * stride[2]);
+  }
+
   void pack_queries() {
     alignas(64) T line[Dots::kStep];
     for (int64_t row = 0; row < tile_.rows; ++row) {
@@ -143,22 +259,28 @@ class TileRun {
 
   // Scaled scores of `keys` keys from `key` on into p_; values of the same keys are fetched ahead.
   void score(int64_t key, int64_t keys) {
-    const T *k = k_ + key * call_.k_stride[2];
-    Ahead ahead{reinterpret_cast<const char *>(v_ + key * call_.v_stride[2]),
-                call_.v_stride[2] * static_cast<int64_t>(sizeof(T)), keys,
-                static_cast<int>((call_.value_dim * static_cast<int64_t>(sizeof(T)) + 63) / 64)};
+    auto ahead = v_.ahead(key, keys);
+    constexpr int64_t kStep = Source::kScoredKeys;
+    for (int64_t first = 0; first < keys; first += kStep) {
+      const int64_t some = keys - first < kStep ? keys - first : kStep;
+      score_some(k_.get(key + first, some), first, some, ahead);
+    }
+  }
+
+  template <class Fetch>
+  void score_some(const Rows<T> &k, int64_t first, int64_t keys, Fetch &ahead) {
     int64_t row = 0;
     if constexpr (S::kDotRows >= 4)
-      for (; row + 4 <= tile_.rows; row += 4) dots<4>(row, k, keys, ahead);
+      for (; row + 4 <= tile_.rows; row += 4) dots<4>(row, k, first, keys, ahead);
     if constexpr (S::kDotRows >= 3)
-      if (row + 3 <= tile_.rows) dots<3>(row, k, keys, ahead), row += 3;
-    for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, keys, ahead);
-    if (row < tile_.rows) dots<1>(row, k, keys, ahead);
+      if (row + 3 <= tile_.rows) dots<3>(row, k, first, keys, ahead), row += 3;
+    for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, first, keys, ahead);
+    if (row < tile_.rows) dots<1>(row, k, first, keys, ahead);
   }
 
   // R rows against all keys of the block, as many keys at a time as fill the sums of one reduction.
-  template <int R>
-  void dots(int64_t row, const T *k, int64_t keys, Ahead &ahead) {
+  template <int R, class Fetch>
+  void dots(int64_t row, const Rows<T> &k, int64_t first, int64_t keys, Fetch &ahead) {
     constexpr int K = S::kDotSums / (R == 3 ? 4 : R);
     constexpr int kSums = (R * K + W - 1) / W * W;
     const F scale = S::set(call_.scale);
@@ -170,7 +292,7 @@ class TileRun {
       // Past the end the last key is repeated: its scores are replaced, nothing else is read.
       const T *from[K];
       HEADINFER_UNROLL for (int i = 0; i < K; ++i)
-        from[i] = k + (key + i < keys ? key + i : keys - 1) * call_.k_stride[2];
+        from[i] = k.first + (key + i < keys ? key + i : keys - 1) * k.stride;
       F sum[kSums];
       HEADINFER_UNROLL for (int i = 0; i < kSums; ++i) sum[i] = S::zero();
       for (int64_t d = 0; d < whole; d += Dots::kStep) {
@@ -195,7 +317,7 @@ class TileRun {
       HEADINFER_UNROLL for (int i = 0; i < kSums; i += W)
         S::store(found + i, S::mul(S::sums(sum + i), scale));
       HEADINFER_UNROLL for (int r = 0; r < R; ++r)
-        std::memcpy(p_ + (row + r) * P + key, found + r * K, sizeof(float) * K);
+        std::memcpy(p_ + (row + r) * P + first + key, found + r * K, sizeof(float) * K);
     }
   }
 
@@ -271,10 +393,8 @@ class TileRun {
 
   // sums_ = sums_ * rescale_ + weights times values; keys of the next block are fetched ahead.
   void weigh(int64_t key, int64_t keys, int64_t later) {
-    const T *v = v_ + key * call_.v_stride[2];
-    Ahead ahead{reinterpret_cast<const char *>(k_ + (key + keys) * call_.k_stride[2]),
-                call_.k_stride[2] * static_cast<int64_t>(sizeof(T)), later < P ? later : P,
-                static_cast<int>((call_.key_dim * static_cast<int64_t>(sizeof(T)) + 63) / 64)};
+    const Rows<T> v = v_.get(key, keys);
+    auto ahead = k_.ahead(key + keys, later < P ? later : P);
     int64_t row = 0;
     for (; row + 4 <= tile_.rows; row += 4) columns<4>(row, v, keys, ahead);
     if (row + 3 <= tile_.rows) columns<3>(row, v, keys, ahead), row += 3;
@@ -282,8 +402,8 @@ class TileRun {
     if (row < tile_.rows) columns<1>(row, v, keys, ahead);
   }
 
-  template <int R>
-  void columns(int64_t row, const T *v, int64_t keys, Ahead &ahead) {
+  template <int R, class Fetch>
+  void columns(int64_t row, const Rows<T> &v, int64_t keys, Fetch &ahead) {
     constexpr int kPairs = R > 2 ? S::kPairs : S::kPairsFewRows;
     int64_t column = 0;
     for (; column + 2 * W * kPairs <= call_.value_dim; column += 2 * W * kPairs)
@@ -294,15 +414,15 @@ class TileRun {
   }
 
   // R rows of `pairs` times two vectors of columns over all keys of the block.
-  template <int R, int kPairs, bool kTail>
-  void strip(int64_t row, int64_t column, const T *v, int64_t keys, Ahead &ahead) {
+  template <int R, int kPairs, bool kTail, class Fetch>
+  void strip(int64_t row, int64_t column, const Rows<T> &v, int64_t keys, Fetch &ahead) {
     const int tail = static_cast<int>(call_.value_dim - column);
     const float *p = p_ + row * P;
-    const T *from = v + column;
+    const T *from = v.first + column;
     F sum[R][2 * kPairs];
     HEADINFER_UNROLL for (int r = 0; r < R; ++r)
       HEADINFER_UNROLL for (int c = 0; c < 2 * kPairs; ++c) sum[r][c] = S::zero();
-    for (int64_t key = 0; key < keys; ++key, from += call_.v_stride[2]) {
+    for (int64_t key = 0; key < keys; ++key, from += v.stride) {
       ahead.fetch(1);
       F value[2 * kPairs];
       HEADINFER_UNROLL for (int c = 0; c < kPairs; ++c) {
@@ -337,8 +457,7 @@ class TileRun {
 
   const Tile &tile_;
   const headinfer_attend_args &call_;
-  const T *k_;
-  const T *v_;
+  Source k_, v_;
   int64_t q_width_, o_width_;
   float *sums_;     // [rows, o_width_], columns in the order S::load2 gives them
   float *p_;        // [rows, P] scores, then weights
@@ -348,7 +467,12 @@ class TileRun {
 
 template <class S, class T, class Dots = FloatDots<S, T>>
 void run_tile(const Tile &tile, void *scratch) {
-  TileRun<S, T, Dots>(tile, scratch).run();
+  TileRun<S, T, Dots, PlainRows<T>>(tile, scratch).run();
+}
+
+template <class S, class Dots = FloatDots<S, BFloat16>>
+void run_packed_tile(const Tile &tile, void *scratch) {
+  TileRun<S, BFloat16, Dots, PackedRows<S>>(tile, scratch).run();
 }
 
 }  // namespace

@@ -109,7 +109,49 @@ struct Avx2 {
     store(p + 8, b);
   }
 
+  static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                            int64_t half, int64_t count, uint16_t *out) {
+    for (int64_t token = 0; token < count; ++token)
+      unpack_token(mixed + token * 2 * half, pairs + token * half, base, half,
+                   out + token * 2 * half);
+  }
+
  private:
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
+    const __m256i low = _mm256_set1_epi8(15);
+    int64_t j = 0;
+    for (; j + 32 <= half; j += 32) {
+      const __m256i both = bytes(pairs + j);
+      unpack32(mixed + j, _mm256_and_si256(both, low), base + j, out + j);
+      unpack32(mixed + half + j, _mm256_and_si256(_mm256_srli_epi16(both, 4), low), base + half + j,
+               out + half + j);
+    }
+    unpack_channels(mixed, pairs, base, half, j, half, out);
+  }
+
+  static inline __m256i bytes(const uint8_t *p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  }
+
+  // Bits of `a` where `mask` is 0, of `b` where it is 1.
+  static inline __m256i choose(__m256i mask, __m256i a, __m256i b) {
+    return _mm256_or_si256(_mm256_andnot_si256(mask, a), _mm256_and_si256(mask, b));
+  }
+
+  static inline void unpack32(const uint8_t *mixed, __m256i below, const uint8_t *base,
+                              uint16_t *out) {
+    // Bytes are joined within halves of 128 bits: quarters change places before.
+    const __m256i m = _mm256_permute4x64_epi64(bytes(mixed), 0xd8);
+    const __m256i e = _mm256_permute4x64_epi64(_mm256_sub_epi8(bytes(base), below), 0xd8);
+    const __m256i sign = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i high = choose(sign, _mm256_srli_epi16(e, 1), m);
+    const __m256i down = choose(sign, m, _mm256_slli_epi16(e, 7));
+    __m256i *to = reinterpret_cast<__m256i *>(out);
+    _mm256_storeu_si256(to, _mm256_unpacklo_epi8(down, high));
+    _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8(down, high));
+  }
+
   static constexpr bool is_bfloat16(const BFloat16 *) { return true; }
   static constexpr bool is_bfloat16(const void *) { return false; }
 };
@@ -126,7 +168,9 @@ bool runs() {
 
 const Level level{"avx2",
                   runs,
-                  {run_tile<Avx2, float>, run_tile<Avx2, BFloat16>, run_tile<Avx2, Float16>}};
+                  {run_tile<Avx2, float>, run_tile<Avx2, BFloat16>, run_tile<Avx2, Float16>},
+                  run_packed_tile<Avx2>,
+                  unpack<Avx2>};
 
 }  // namespace
 

@@ -17,7 +17,9 @@ bool runs() {
 
 const Level level{"avx512",
                   runs,
-                  {run_tile<Avx512, float>, run_tile<Avx512, BFloat16>, run_tile<Avx512, Float16>}};
+                  {run_tile<Avx512, float>, run_tile<Avx512, BFloat16>, run_tile<Avx512, Float16>},
+                  run_packed_tile<Avx512>,
+                  unpack<Avx512>};
 
 }  // namespace
 

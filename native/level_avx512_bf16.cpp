@@ -38,7 +38,9 @@ bool runs() {
 const Level level{"avx512-bf16",
                   runs,
                   {run_tile<Avx512, float>, run_tile<Avx512, BFloat16, PairDots>,
-                   run_tile<Avx512, Float16>}};
+                   run_tile<Avx512, Float16>},
+                  run_packed_tile<Avx512, PairDots>,
+                  unpack<Avx512>};
 
 }  // namespace
 

@@ -87,7 +87,35 @@ struct Neon {
     }
   }
 
+  static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                            int64_t half, int64_t count, uint16_t *out) {
+    for (int64_t token = 0; token < count; ++token)
+      unpack_token(mixed + token * 2 * half, pairs + token * half, base, half,
+                   out + token * 2 * half);
+  }
+
  private:
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
+    int64_t j = 0;
+    for (; j + 16 <= half; j += 16) {
+      const uint8x16_t both = vld1q_u8(pairs + j);
+      unpack16(mixed + j, vandq_u8(both, vdupq_n_u8(15)), base + j, out + j);
+      unpack16(mixed + half + j, vshrq_n_u8(both, 4), base + half + j, out + half + j);
+    }
+    unpack_channels(mixed, pairs, base, half, j, half, out);
+  }
+
+  static inline void unpack16(const uint8_t *mixed, uint8x16_t below, const uint8_t *base,
+                              uint16_t *out) {
+    const uint8x16_t m = vld1q_u8(mixed), e = vsubq_u8(vld1q_u8(base), below);
+    const uint8x16_t sign = vdupq_n_u8(0x80);
+    const uint8x16_t high = vbslq_u8(sign, m, vshrq_n_u8(e, 1));
+    const uint8x16_t down = vbslq_u8(sign, vshlq_n_u8(e, 7), m);
+    vst1q_u16(out, vreinterpretq_u16_u8(vzip1q_u8(down, high)));
+    vst1q_u16(out + 8, vreinterpretq_u16_u8(vzip2q_u8(down, high)));
+  }
+
   static constexpr bool is_bfloat16(const BFloat16 *) { return true; }
   static constexpr bool is_bfloat16(const void *) { return false; }
 };
@@ -96,7 +124,9 @@ bool runs() { return true; }
 
 const Level level{"neon",
                   runs,
-                  {run_tile<Neon, float>, run_tile<Neon, BFloat16>, run_tile<Neon, Float16>}};
+                  {run_tile<Neon, float>, run_tile<Neon, BFloat16>, run_tile<Neon, Float16>},
+                  run_packed_tile<Neon>,
+                  unpack<Neon>};
 
 }  // namespace
 

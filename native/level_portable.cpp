@@ -74,6 +74,18 @@ struct Portable {
     store(p, a);
     store(p + kWidth, b);
   }
+
+  static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                            int64_t half, int64_t count, uint16_t *out) {
+    for (int64_t token = 0; token < count; ++token)
+      unpack_token(mixed + token * 2 * half, pairs + token * half, base, half,
+                   out + token * 2 * half);
+  }
+
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
+    unpack_channels(mixed, pairs, base, half, 0, half, out);
+  }
 };
 
 bool runs() { return true; }
@@ -81,7 +93,9 @@ bool runs() { return true; }
 const Level level{
     "portable",
     runs,
-    {run_tile<Portable, float>, run_tile<Portable, BFloat16>, run_tile<Portable, Float16>}};
+    {run_tile<Portable, float>, run_tile<Portable, BFloat16>, run_tile<Portable, Float16>},
+    run_packed_tile<Portable>,
+    unpack<Portable>};
 
 }  // namespace
 

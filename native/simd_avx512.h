@@ -110,7 +110,76 @@ struct Avx512 {
     }
   }
 
+  static inline void unpack(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                            int64_t half, int64_t count, uint16_t *out) {
+    if (half == 64) return unpack_128(mixed, pairs, base, count, out);
+    if (half == 32) return unpack_64(mixed, pairs, base, count, out);
+    for (; count > 0; --count, mixed += 2 * half, pairs += half, out += 2 * half)
+      unpack_token(mixed, pairs, base, half, out);
+  }
+
  private:
+  // The two most common dims, without masks.
+  static inline void unpack_128(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                int64_t count, uint16_t *out) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i lower = _mm512_loadu_si512(base), upper = _mm512_loadu_si512(base + 64);
+    for (; count > 0; --count, mixed += 128, pairs += 64, out += 128) {
+      const __m512i both = _mm512_loadu_si512(pairs);
+      unpack64(_mm512_loadu_si512(mixed), _mm512_and_si512(both, low), lower, 64, out);
+      unpack64(_mm512_loadu_si512(mixed + 64),
+               _mm512_and_si512(_mm512_srli_epi16(both, 4), low), upper, 64, out + 64);
+    }
+  }
+
+  static inline void unpack_64(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                               int64_t count, uint16_t *out) {
+    const __m512i low = _mm512_set1_epi8(15), bases = _mm512_loadu_si512(base);
+    for (; count > 0; --count, mixed += 64, pairs += 32, out += 64) {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(pairs));
+      const __m512i nibbles =
+          _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+      unpack64(_mm512_loadu_si512(mixed), _mm512_and_si512(nibbles, low), bases, 64, out);
+    }
+  }
+
+  static inline void unpack_token(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
+                                  int64_t half, uint16_t *out) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t j = 0; j < half; j += 64) {
+      const int64_t count = half - j < 64 ? half - j : 64;
+      const __mmask64 mask = ~uint64_t{0} >> (64 - count);
+      const __m512i both = _mm512_maskz_loadu_epi8(mask, pairs + j);
+      unpack64(_mm512_maskz_loadu_epi8(mask, mixed + j), _mm512_and_si512(both, low),
+               _mm512_maskz_loadu_epi8(mask, base + j), count, out + j);
+      unpack64(_mm512_maskz_loadu_epi8(mask, mixed + half + j),
+               _mm512_and_si512(_mm512_srli_epi16(both, 4), low),
+               _mm512_maskz_loadu_epi8(mask, base + half + j), count, out + half + j);
+    }
+  }
+
+  static inline void unpack64(__m512i mixed, __m512i below, __m512i base, int64_t count,
+                              uint16_t *out) {
+    // Bytes are joined within quarters of 128 bits: eighths change places before.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i m = _mm512_permutexvar_epi64(order, mixed);
+    const __m512i e = _mm512_permutexvar_epi64(order, _mm512_sub_epi8(base, below));
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    // Bits of the third where the first has ones, else of the second.
+    constexpr int kChoose = 0xac;
+    const __m512i high = _mm512_ternarylogic_epi64(sign, _mm512_srli_epi16(e, 1), m, kChoose);
+    const __m512i down = _mm512_ternarylogic_epi64(sign, m, _mm512_slli_epi16(e, 7), kChoose);
+    const __m512i first = _mm512_unpacklo_epi8(down, high);
+    const __m512i second = _mm512_unpackhi_epi8(down, high);
+    if (count == 64) {
+      _mm512_storeu_si512(out, first);
+      _mm512_storeu_si512(out + 32, second);
+      return;
+    }
+    _mm512_mask_storeu_epi16(out, low_bits(count < 32 ? static_cast<int>(count) : 32), first);
+    if (count > 32) _mm512_mask_storeu_epi16(out + 32, low_bits(static_cast<int>(count) - 32), second);
+  }
+
   static inline uint32_t low_bits(int count) { return ~uint32_t{0} >> (32 - count); }  // 1..32
   static constexpr bool is_bfloat16(const BFloat16 *) { return true; }
   static constexpr bool is_bfloat16(const void *) { return false; }

@@ -17,8 +17,16 @@ constexpr int64_t kBlockKeys = 64;
 // Query rows of a tile; more rows make more tiles and read the keys again.
 constexpr int64_t kTileRows = 64;
 
+// Keys and values of a call that lie packed, but for those from token `tokens` on.
+struct PackedCall {
+  const headinfer_packed *k, *v;
+  int64_t tokens;
+  int64_t *damaged;  // 1 + the number of a damaged block, values after keys; 0 while there is none
+};
+
 struct Tile {
   const headinfer_attend_args *call;
+  const PackedCall *packed;  // null where all lie plain
   int64_t batch, kv_head;
   int64_t first_row, rows;  // rows are packed: query head of the group, then token
   int64_t first_key, keys;
@@ -35,10 +43,17 @@ struct Level {
   const char *name;
   bool (*runs)();
   RunTile run[3];  // by headinfer_type
+  RunTile run_packed;
+  // Tokens `first` .. `first + count` of a packed block, [count, dim]; false if it is damaged.
+  bool (*unpack)(const uint8_t *slot, const headinfer_packed &where, int64_t dim, int64_t first,
+                 int64_t count, uint16_t *out);
 };
 
 // Bytes of scratch that any level needs for a tile of this call; aligned to 64 for it.
-size_t tile_scratch_bytes(const headinfer_attend_args &call);
+size_t tile_scratch_bytes(const headinfer_attend_args &call, bool packed);
+
+// The level of that index, -1 for the best; null where this processor does not run it.
+const Level *level_at(int32_t index);
 
 // Null where the level is not built for this processor.
 const Level *level_avx512_bf16();

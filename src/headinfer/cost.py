@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from headinfer.budget import GIB
 from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.packing import ratio_of
 from headinfer.rates import Rates
 
 SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
@@ -131,9 +132,14 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another, while threads read a disk
         return _beside(_one_by_one(parts), disk)
     paths = {"compute": sum(compute.values()), "launching": host_s}
-    paths["streaming"] = offloaded_bytes(plan, past) / rates.h2d_bytes_s
+    paths["streaming"] = moved_bytes(plan, past) / rates.h2d_bytes_s
     if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
-        paths["page-locking"] = _new_host_bytes(plan, past, new) / GIB * rates.pin_s_per_gib
+        paths["page-locking"] = (
+            ratio_of(plan.geometry, plan.kv_format)
+            * _new_host_bytes(plan, past, new)
+            / GIB
+            * rates.pin_s_per_gib
+        )
     paths |= disk
     found = _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
     hidden = sum(paths.values()) - found.seconds
@@ -154,17 +160,18 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         / rates.block_flops,
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
     }
+    moved = moved_bytes(plan, length) if offloaded else 0
     host_s = _host_s(plan, rates)
     parts = {**device, "launching": host_s}
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
     chain = max(host_s, sum(device.values()))
-    near_share = share_near(plan, rates, offloaded=offloaded, chain_s=chain)
+    near_share = share_near(plan, rates, offloaded=moved, chain_s=chain)
     near_s = 0.0
     if near_share and rates.near_bytes_s is not None:
-        near_s = near_share * offloaded / rates.near_bytes_s
+        near_s = near_share * moved / rates.near_bytes_s
     parts["near-data attention"] = near_s
-    parts["streaming"] = (1 - near_share) * offloaded / rates.h2d_bytes_s
+    parts["streaming"] = (1 - near_share) * moved / rates.h2d_bytes_s
     paths = {"chain": chain + near_s, "streaming": parts["streaming"]}
     disk = _disk_paths(plan, rates, length)
     paths, parts = paths | disk, parts | disk
@@ -275,6 +282,11 @@ def _disk_paths(plan: Plan, rates: Rates, tokens: int) -> dict[str, float]:
     nothing lies there, or its rate is not known."""
     below = disk_bytes(plan, tokens)
     return {DISK: below / rates.disk_read_bytes_s} if below and rates.disk_read_bytes_s else {}
+
+
+def moved_bytes(plan: Plan, tokens: int) -> int:
+    """Bytes of offloaded heads as they are stored, over `tokens` tokens: what crosses a link."""
+    return int(offloaded_bytes(plan, tokens) * ratio_of(plan.geometry, plan.kv_format))
 
 
 def _host_s(plan: Plan, rates: Rates) -> float:

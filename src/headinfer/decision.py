@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headinfer.budget import MemoryBudget, format_bytes
-from headinfer.geometry import Geometry
+from headinfer.geometry import LOSSLESS, Geometry
+from headinfer.packing import ring_slot_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,13 @@ class Plan:
     @property
     def staging_bytes(self) -> int:
         """GPU memory through which offloaded keys and values pass: independent of the context."""
-        return self.num_slots * self.slot_bytes + 2 * self.write_bytes
+        unpacked = self.slot_bytes if self.kv_format == LOSSLESS.name else 0
+        return self.num_slots * self.ring_slot_bytes + 2 * self.write_bytes + unpacked
+
+    @property
+    def ring_slot_bytes(self) -> int:
+        """What one staging slot takes: packed tiles are smaller than what they are unpacked to."""
+        return ring_slot_bytes(self.geometry, self.slot_bytes, self.kv_format)
 
     @property
     def offloaded_heads(self) -> int:

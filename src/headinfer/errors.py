@@ -199,3 +199,15 @@ class SnapshotWriteError(SnapshotError):
         super().__init__(message)
         self.path = path
         self.code = code
+
+
+class LosslessCorrupt(HeadInferError):
+    """A packed block of keys or values is not one that was written: memory was damaged.
+
+    Attributes:
+        block: which of the blocks looked at, counted in their order; None if unknown.
+    """
+
+    def __init__(self, message: str, *, block: int | None = None) -> None:
+        super().__init__(message)
+        self.block = block

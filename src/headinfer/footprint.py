@@ -7,9 +7,11 @@ Counting only; what is kept where is decided in `headinfer.plan`.
 from __future__ import annotations
 
 from headinfer.budget import MIB
-from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.errors import BudgetTooSmall
+from headinfer.geometry import LOSSLESS, Geometry, LayerGeometry, LayerKind
 from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
+from headinfer.packing import why_plain
 
 SLOT_BYTES = 32 * MIB
 """One KV head of 128 dims over 64K tokens in bf16: long enough for full transfer rate, and for a
@@ -44,14 +46,39 @@ def slots_of(options: Options) -> tuple[int, int]:
     return options.tile_bytes or SLOT_BYTES, options.num_slots or NUM_SLOTS
 
 
-def write_buffer_bytes(geometry: Geometry, chunk: int, batch: int) -> int:
+def write_buffer_bytes(geometry: Geometry, options: Options, chunk: int, batch: int) -> int:
     """One chunk of the widest layer, at most 32 MiB: longer chunks pass in pieces."""
     widest = max(
         (layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers),
         default=0,
     )
     blocks = -(-chunk // BLOCK_TOKENS) + 1
-    return max(min(batch * widest * blocks, 32 * MIB), aligned(batch * widest)) + aligned(1)
+    # Encoded blocks stand beside the plain ones.
+    least = batch * widest * (2 if options.kv_format == LOSSLESS.name else 1)
+    return max(min(batch * widest * blocks, 32 * MIB), aligned(least)) + aligned(1)
+
+
+def unpacked_bytes(geometry: Geometry, options: Options, slot_bytes: int, batch: int) -> int:
+    """The buffer that packed tiles are unpacked into; 0 where none are.
+
+    Raises:
+        BudgetTooSmall: a staging slot cannot hold one block of one head.
+    """
+    if options.kv_format != LOSSLESS.name or why_plain(geometry) is not None:
+        return 0
+    block = max(
+        batch * layer.head_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers
+    )
+    if slot_bytes < block:
+        raise BudgetTooSmall(
+            f"a staging slot of {slot_bytes} B cannot hold one block of one head, {block} B, which "
+            f"is what the lossless format moves; set tile_bytes to {block} or more, or "
+            "kv_format='exact'",
+            tier="gpu",
+            budget_bytes=slot_bytes,
+            needed_bytes=block,
+        )
+    return slot_bytes
 
 
 def offloadable_heads(layer: LayerGeometry) -> int:

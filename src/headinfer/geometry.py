@@ -109,6 +109,7 @@ class Geometry:
         max_positions: positions the model was made for, 0 if unknown.
         name: for messages.
         weights: more about them.
+        dtype: type of keys and values, "bfloat16" for example; empty if unknown.
     """
 
     layers: tuple[LayerGeometry, ...]
@@ -120,6 +121,7 @@ class Geometry:
     max_positions: int = 0
     name: str = "model"
     weights: Weights = Weights()
+    dtype: str = ""
 
     @property
     def full_layers(self) -> tuple[LayerGeometry, ...]:
@@ -151,4 +153,5 @@ class FormatSpec:
 
 
 EXACT = FormatSpec(name="exact", exact=True, bytes_per_byte=1.0)
-FORMATS: dict[str, FormatSpec] = {EXACT.name: EXACT}
+LOSSLESS = FormatSpec(name="lossless", exact=True, bytes_per_byte=193.75 / 256)
+FORMATS: dict[str, FormatSpec] = {EXACT.name: EXACT, LOSSLESS.name: LOSSLESS}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headinfer.attention.api import AUTO
 from headinfer.errors import CacheStateError
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads
+from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, PackedInPlace
 from headinfer.layout import HeadGroup
 
 
@@ -37,6 +37,8 @@ class RunnerSettings:
         staging: stage tiles through the ring; False attends host memory in place (CPU only).
         slot_bytes: size of one staging slot.
         num_slots: slots in the ring.
+        ring_slot_bytes: what a slot takes where tiles are packed, as much as `slot_bytes` of plain
+            ones; 0 for `slot_bytes`.
         write_bytes: size of each of the two write-back buffers.
         resident_heads: per layer, the KV heads that stay on the compute device.
         resident_bytes: what they may take there; a layer that no longer fits is demoted. None for
@@ -69,6 +71,7 @@ class RunnerSettings:
     near_adapts: bool = False
     disk: DiskSettings | None = None
     host_computes: bool = False
+    ring_slot_bytes: int = 0
     poison: bool = False
 
 
@@ -79,7 +82,7 @@ class Layer:
     index: int
     shape: KVShape
     device: torch.device
-    ranges: list[DirectHeads | OffloadedHeads]
+    ranges: list[DirectHeads | OffloadedHeads | PackedInPlace]
 
     @property
     def length(self) -> int:

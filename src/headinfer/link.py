@@ -12,12 +12,14 @@ import torch
 from headinfer.attention.api import AUTO
 from headinfer.balance import Pass
 from headinfer.errors import HeadInferError
-from headinfer.heads import WriteBuffers
+from headinfer.geometry import LOSSLESS
+from headinfer.heads import Codec, WriteBuffers
 from headinfer.layer import RunnerSettings
 from headinfer.layout import Tile, aligned
 from headinfer.near import NearData
 from headinfer.schedule import Schedule
 from headinfer.spill import DiskEngine
+from headinfer.tiers import HostTier
 from headinfer.transfer import CudaEngine, InlineEngine, Loader, StagingRing, TransferEngine
 
 
@@ -30,6 +32,7 @@ class Link:
         buffers: blocks on their way down.
         schedule: which tiles will be wanted.
         near: attends on the CPU; None where every head streams.
+        codec: encodes and decodes packed blocks; None where all are plain.
     """
 
     ring: StagingRing
@@ -43,10 +46,12 @@ class Link:
         engine: TransferEngine,
         load: Loader,
         tiles_of: Callable[[int], Iterator[Tile]],
+        host: Callable[[], HostTier],
     ) -> None:
         self.device = device
         self.engine = engine
         self.near: NearData | None = None
+        self.codec = _codec(engine, device, settings, host)
         self._layer = -1
         self._loaded_before = 0
         self.staging_bytes = 0
@@ -57,7 +62,7 @@ class Link:
                     "staging out, or set it to True"
                 )
             return
-        size = settings.slot_bytes + aligned(1)
+        size = (settings.ring_slot_bytes or settings.slot_bytes) + aligned(1)
         # What direct I/O reads into and writes from begins on a page.
         pages = engine.buffer if isinstance(engine, DiskEngine) and engine.straight else None
         slots = [
@@ -67,7 +72,10 @@ class Link:
         self.ring = StagingRing(engine, slots, load, poison=settings.poison)
         self.buffers = WriteBuffers(engine, device, settings.write_bytes, pages)
         self.schedule = Schedule(tiles_of)
-        self.staging_bytes = settings.num_slots * settings.slot_bytes + 2 * settings.write_bytes
+        held = settings.ring_slot_bytes or settings.slot_bytes
+        self.staging_bytes = settings.num_slots * held + 2 * settings.write_bytes
+        if self.codec is not None:
+            self.staging_bytes += settings.slot_bytes
         if settings.near_share or settings.near_adapts:
             # An implementation insisted on is the GPU's, unless it runs everywhere.
             attention = settings.attention if settings.attention == "reference" else AUTO
@@ -76,6 +84,8 @@ class Link:
     def begin(self, layer: int, *, near: bool) -> Pass | None:
         """Attention of `layer` begins; what the forward pass before it took, if this is the first
         layer of another, and it was one in which the CPU took part and has done so."""
+        if self.codec is not None:
+            self.codec.check()
         first, self._layer = layer <= self._layer or not near, layer if near else -1
         if self.near is None or not first:
             return None
@@ -107,6 +117,18 @@ class Link:
         if self.near is not None:
             self.near.close()
         self.engine.drain()
+
+
+def _codec(
+    engine: TransferEngine,
+    device: torch.device,
+    settings: RunnerSettings,
+    host: Callable[[], HostTier],
+) -> Codec | None:
+    if settings.kv_format != LOSSLESS.name:
+        return None
+    scratch = settings.slot_bytes + aligned(1) if settings.staging else 0
+    return Codec(engine, device, host, scratch_bytes=scratch, poison=settings.poison)
 
 
 def default_engine(device: torch.device) -> TransferEngine:

@@ -159,7 +159,7 @@ class NearData:
         with torch.inference_mode():
             for piece in work.heads.in_place(work.group, work.length):
                 total.add(piece)
-                nbytes += piece.k.nbytes + piece.v.nbytes
+                nbytes += piece.nbytes
             found = total.partial
             work.found.out.copy_(found.out)
             work.found.lse.copy_(found.lse)

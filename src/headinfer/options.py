@@ -20,7 +20,8 @@ class Options:
     Attributes:
         budget: memory allowed per tier.
         chunk_tokens: tokens prefilled per forward pass.
-        kv_format: how offloaded keys and values are stored.
+        kv_format: how keys and values in host memory are stored: "exact", or "lossless", the same
+            bits in three quarters of the bytes. None: chosen.
         expected_tokens: prompt plus new tokens, if known: memory is then exact and heads can be
             kept resident.
         on_unsupported: "error", or "materialize" to hand whole layers to model code that does
@@ -41,7 +42,7 @@ class Options:
 
     budget: MemoryBudget = field(default_factory=MemoryBudget)
     chunk_tokens: int | None = None
-    kv_format: str = "exact"
+    kv_format: str | None = None
     expected_tokens: int | None = None
     on_unsupported: str = "error"
     tile_bytes: int | None = None
@@ -83,7 +84,7 @@ class Options:
                 f"on_unsupported={self.on_unsupported!r} is not known; "
                 f"use {' or '.join(map(repr, ON_UNSUPPORTED))}"
             )
-        if self.kv_format not in FORMATS:
+        if self.kv_format is not None and self.kv_format not in FORMATS:
             raise InputError(
                 f"kv_format={self.kv_format!r} is not known; known: {', '.join(sorted(FORMATS))}"
             )

@@ -23,11 +23,19 @@ from headinfer.footprint import (
     offloadable_heads,
     residents_of,
     slots_of,
+    unpacked_bytes,
     write_buffer_bytes,
 )
-from headinfer.geometry import FORMATS, FormatSpec, Geometry
+from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerKind
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
+from headinfer.packing import (
+    overflow_bytes,
+    ratio_of,
+    ring_slot_bytes,
+    stored_head_bytes,
+    why_plain,
+)
 from headinfer.spread import buffers_beside_gpu, check_page_locked, plan_on_cpu, with_spill
 
 GPU_CHUNK_TOKENS = 8192
@@ -51,8 +59,75 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch={batch!r} is not usable; give a whole number >= 1")
-    plan = (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
+    plan = _in_a_format(geometry, options, device, batch)
     return replace(plan, reasons=(*plan.reasons, *options.budget_reasons))
+
+
+def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
+    """The plan in the format asked for; else as plain bytes, unless packed ones fit where these do
+    not, or are predicted to be faster."""
+    exact = replace(options, kv_format=EXACT.name)
+    packed = replace(options, kv_format=LOSSLESS.name)
+    if options.disk is not None:
+        if options.kv_format == LOSSLESS.name:
+            raise InputError(
+                "kv_format='lossless' with disk=...: a disk holds keys and values as they are; leave "
+                "one of the two out"
+            )
+        return _plan(geometry, exact, device, batch)
+    if options.kv_format is not None:
+        plan = _plan(geometry, options, device, batch)
+        return _with_format_reason(plan, "as asked for")
+    if why_plain(geometry) is not None:
+        return _plan(geometry, exact, device, batch)
+    try:
+        plan = _plan(geometry, exact, device, batch)
+    except BudgetTooSmall as too_small:
+        if too_small.tier != "host":
+            raise
+        needed = format_bytes(too_small.needed_bytes)
+        why = f"as they are they would need {needed}, which the host budget does not allow"
+        return _with_format_reason(_plan(geometry, packed, device, batch), why)
+    if not _streams_longest(plan, options):
+        return plan
+    why = "streaming them takes longest in decode (measured rates)"
+    return _with_format_reason(_plan(geometry, packed, device, batch), why)
+
+
+def _plan(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
+    return (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
+
+
+def _streams_longest(plan: Plan, options: Options) -> bool:
+    """Whether bringing the offloaded keys of a step takes longer than launching it: what makes
+    fewer bytes a faster step. Without measured rates that is not known."""
+    rates, tokens, geometry = options.rates, plan.expected_tokens, plan.geometry
+    if rates is None or not rates.h2d_bytes_s or tokens is None or not plan.staging:
+        return False
+    if plan.device != "cuda" or not plan.offloaded_heads:
+        return False
+    offloaded = sum(
+        plan.batch * (layer.num_kv_heads - resident) * layer.head_bytes(tokens, geometry.itemsize)
+        for layer, resident in zip(geometry.layers, plan.resident_heads, strict=True)
+        if layer.kind is LayerKind.FULL
+    )
+    launching = len(geometry.layers) * rates.layer_s + rates.token_s
+    return offloaded / rates.h2d_bytes_s > launching
+
+
+def _with_format_reason(plan: Plan, why: str) -> Plan:
+    """Says what of the lossless format applies."""
+    if plan.kv_format != LOSSLESS.name:
+        return plan
+    plain = why_plain(plan.geometry)
+    if plain is not None:
+        reason = f"the lossless format does not apply: {plain}; they are stored as they are"
+        return replace(plan, kv_format=EXACT.name, reasons=(*plan.reasons, reason))
+    reason = (
+        "keys and values in host memory are stored without loss in "
+        f"{ratio_of(plan.geometry, plan.kv_format):.1%} of their bytes: {why}"
+    )
+    return replace(plan, reasons=(*plan.reasons, reason))
 
 
 def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
@@ -75,6 +150,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             "it lies, which is near_data=1; leave it out"
         )
     slot_bytes, num_slots = slots_of(options) if staging else (0, 0)
+    if staging:
+        unpacked_bytes(geometry, options, slot_bytes, batch)
     chunk = options.chunk_tokens or CPU_CHUNK_TOKENS
     where = "staged tile by tile" if staging else "attended in place, head by head"
     return _with_host(
@@ -86,12 +163,12 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             chunk_tokens=chunk,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
-            write_bytes=write_buffer_bytes(geometry, chunk, batch) if staging else 0,
+            write_bytes=write_buffer_bytes(geometry, options, chunk, batch) if staging else 0,
             resident_heads=residents_of(geometry, options.resident_heads or 0),
             resident_bytes=None,
             near_share=(options.near_data or 0.0) if staging else 0.0,
             near_adapts=False,
-            kv_format=options.kv_format,
+            kv_format=options.kv_format or EXACT.name,
             budget=options.budget,
             gpu_parts={},
             host_bytes=0,
@@ -200,14 +277,18 @@ def _with_near_reason(plan: Plan) -> Plan:
 def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int) -> Plan:
     """Everything offloaded: the least memory this chunk size needs."""
     slot_bytes, num_slots = slots_of(options)
-    write_bytes = write_buffer_bytes(geometry, chunk, batch)
+    write_bytes = write_buffer_bytes(geometry, options, chunk, batch)
+    unpacked = unpacked_bytes(geometry, options, slot_bytes, batch)
+    ring = slot_bytes
+    if unpacked:
+        ring = ring_slot_bytes(geometry, slot_bytes, LOSSLESS.name)
     tails = sum(layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers)
     windows = geometry.kv_bytes(chunk, batch=batch) - geometry.offloadable_bytes(chunk, batch=batch)
     parts = {
         "weights": geometry.weight_bytes,
         "weights on their way": geometry.weights.largest_moved_bytes,
         "activations": activation_bytes(geometry, chunk, batch),
-        "staging": num_slots * slot_bytes + 2 * write_bytes,
+        "staging": num_slots * ring + 2 * write_bytes + unpacked,
         "tails": batch * tails,
         "windows": 2 * windows,
         "states": 2 * batch * sum(layer.state_bytes for layer in geometry.layers),
@@ -237,7 +318,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         resident_bytes=None,
         near_share=NEAR_SHARE if options.near_data is None else options.near_data,
         near_adapts=options.near_data is None,
-        kv_format=options.kv_format,
+        kv_format=options.kv_format or EXACT.name,
         budget=options.budget,
         gpu_parts={name: size for name, size in parts.items() if size},
         host_bytes=0,
@@ -340,15 +421,18 @@ def _with_host(plan: Plan) -> Plan:
 
 def _host_bytes(plan: Plan, tokens: int) -> int:
     """Host memory of the heads that are not resident, over `tokens` tokens."""
-    geometry = plan.geometry
-    spec: FormatSpec = FORMATS[plan.kv_format]
+    geometry, in_place = plan.geometry, not plan.staging
     size = 0
     for index, layer in enumerate(geometry.layers):
         heads = offloadable_heads(layer) - plan.resident_heads[index]
-        stored = tokens // BLOCK_TOKENS * BLOCK_TOKENS if plan.staging else tokens
-        per_head = plan.batch * layer.head_bytes(stored, geometry.itemsize)
+        per_head = plan.batch * stored_head_bytes(
+            geometry, layer, tokens, kv_format=plan.kv_format, in_place=in_place
+        )
         if heads and per_head:
-            size += aligned(int(heads * per_head * spec.bytes_per_byte)) + aligned(1)
+            size += aligned(heads * per_head) + aligned(1)
+    if size and plan.kv_format == LOSSLESS.name and why_plain(geometry) is None:
+        chunk = min(plan.chunk_tokens, tokens)
+        size += overflow_bytes(geometry, batch=plan.batch, chunk_tokens=chunk, in_place=in_place)
     return size
 
 

@@ -20,7 +20,19 @@ from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.formats import format_named
-from headinfer.heads import DirectHeads, KVShape, OffloadedHeads, Piece, SavedLayer, of_group
+from headinfer.formats.lossless import why_not
+from headinfer.geometry import EXACT
+from headinfer.heads import (
+    Codec,
+    DirectHeads,
+    KVShape,
+    OffloadedHeads,
+    PackedHeads,
+    PackedInPlace,
+    Piece,
+    SavedLayer,
+    of_group,
+)
 from headinfer.layer import DiskSettings, Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
@@ -34,6 +46,9 @@ from headinfer.transfer import Copy, Ticket, TransferEngine
 NEAR_BYTES = 8 * 2**20
 """Offloaded keys and values of a layer below which the CPU is not asked while its share adapts:
 waiting for the queries would cost more than bringing the keys."""
+
+DEMOTED_TOKENS = 8192
+"""Resident tokens that are packed together: overflow is set aside for all of them."""
 
 TOGETHER_BYTES = 8 * 2**20
 """Outputs up to this size attend the newest tokens of all head groups in one call."""
@@ -128,7 +143,8 @@ class Runner:
     ) -> tuple[Tensor, Tensor] | None:
         heads = layer.ranges[place]
         try:
-            return heads.restore(saved)
+            found: tuple[Tensor, Tensor] | None = heads.restore(saved)
+            return found
         except TierFull as full:
             if isinstance(heads, OffloadedHeads) or full.tier != self._resident_tier:
                 raise
@@ -145,7 +161,7 @@ class Runner:
         try:
             heads.append(k[:, mine], v[:, mine])
         except TierFull as full:
-            if full.tier != self._resident_tier:
+            if full.tier != self._resident_tier or not isinstance(heads, DirectHeads):
                 raise
             below = self._demote(layer, place, heads)
             below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
@@ -155,9 +171,13 @@ class Runner:
         self.before_change()
         below = self._offloaded(layer, heads.heads)
         try:
+            step = DEMOTED_TOKENS if isinstance(below, PackedHeads) else 2**62
             for piece in heads.pieces(heads.store.length):
-                below.append(piece.k, piece.v, self._links[layer.device].buffers)
-                below.forget_recent()
+                for first in range(0, piece.k.shape[2], step):
+                    some = slice(first, first + step)
+                    k, v = piece.k[:, :, some], piece.v[:, :, some]
+                    below.append(k, v, self._links[layer.device].buffers)
+                    below.forget_recent()
         except BaseException:
             below.clear()
             raise
@@ -183,7 +203,7 @@ class Runner:
         if layer.offloaded:
             self._foresee(call)
         for heads in layer.ranges:
-            if isinstance(heads, DirectHeads):
+            if not isinstance(heads, OffloadedHeads):
                 total = self._total(call, heads.heads, collect=False)
                 for piece in heads.pieces(length):
                     total.add(piece)
@@ -329,9 +349,10 @@ class Runner:
         twin = Runner(self.settings, engine=self._engine_for, disk_queue=self._disk_queue)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
-            engine = twin._links[layer.device].engine
+            link = twin._links[layer.device]
             ranges = [
-                heads.clone(twin._tier(heads, layer.device), engine) for heads in layer.ranges
+                heads.clone(twin._tier(heads, layer.device), link.engine, link.codec)
+                for heads in layer.ranges
             ]
             twin.layers[index] = Layer(index, layer.shape, layer.device, ranges)
         return twin
@@ -385,6 +406,21 @@ class Runner:
         found.resident_bytes = sum(tier.used_bytes for tier in self._device_tiers.values())
         return found
 
+    def ratios(self) -> dict[int, float]:
+        """Per layer that has packed blocks, the bytes they take by those they stand for, overflow
+        included. Looks at every block: not for inside a loop."""
+        found: dict[int, float] = {}
+        for index, layer in self.layers.items():
+            sizes = [
+                heads.ratio()
+                for heads in layer.ranges
+                if isinstance(heads, (PackedHeads, PackedInPlace))
+            ]
+            stored, plain = (sum(part) for part in zip(*sizes, strict=True)) if sizes else (0, 0)
+            if plain:
+                found[index] = stored / plain
+        return found
+
     @property
     def links(self) -> list[Link]:
         """One per compute device."""
@@ -428,8 +464,20 @@ class Runner:
         if settings.staging:
             planned = settings.resident_heads
             resident = min(planned[index] if index < len(planned) else 0, count)
-        ranges: list[DirectHeads | OffloadedHeads] = []
-        if resident:
+        ranges: list[DirectHeads | OffloadedHeads | PackedInPlace] = []
+        codec = self._codec(shape, device)
+        if resident and codec is not None and not settings.staging:
+            group = HeadGroup(0, resident)
+            ranges.append(
+                PackedInPlace(
+                    self._host_tier(),
+                    shape,
+                    group,
+                    codec=codec,
+                    expected_tokens=settings.expected_tokens,
+                )
+            )
+        elif resident:
             ranges.append(
                 DirectHeads(
                     self._resident_tier_of(device),
@@ -444,14 +492,30 @@ class Runner:
         self._share_out(layer)
         return layer
 
+    def _codec(self, shape: KVShape, device: torch.device) -> Codec | None:
+        """What packs a layer's blocks; None where they stay plain."""
+        unfit = why_not(shape.dtype, shape.key_dim, shape.value_dim)
+        return self._links[device].codec if unfit is None else None
+
     def _offloaded(self, layer: Layer, heads: HeadGroup) -> OffloadedHeads:
+        codec = self._codec(layer.shape, layer.device)
+        if codec is not None:
+            return PackedHeads(
+                self._host_tier(),
+                layer.shape,
+                heads,
+                engine=self._links[layer.device].engine,
+                device=layer.device,
+                codec=codec,
+                expected_tokens=self.settings.expected_tokens,
+            )
         return OffloadedHeads(
             self._offloaded_tier(),
             layer.shape,
             heads,
             engine=self._links[layer.device].engine,
             device=layer.device,
-            fmt=format_named(self.settings.kv_format),
+            fmt=format_named(EXACT.name),
             expected_tokens=self.settings.expected_tokens,
             layer=layer.index,
         )
@@ -474,6 +538,7 @@ class Runner:
                 engine,
                 _weakly(self._load),
                 _weakly(self._tiles_of_layer),
+                _weakly(self._host_tier),
             )
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
@@ -505,7 +570,9 @@ class Runner:
             epoch=heads.store.epoch,
         )
 
-    def _tier(self, heads: DirectHeads | OffloadedHeads, device: torch.device) -> Tier:
+    def _tier(
+        self, heads: DirectHeads | OffloadedHeads | PackedInPlace, device: torch.device
+    ) -> Tier:
         if isinstance(heads, DirectHeads):
             return self._resident_tier_of(device)
         return self._offloaded_tier()

@@ -14,7 +14,7 @@ from headinfer.budget import MIB, format_bytes
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import write_buffer_bytes
-from headinfer.geometry import Geometry, LayerKind
+from headinfer.geometry import EXACT, Geometry, LayerKind
 from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
 
@@ -129,7 +129,7 @@ def plan_on_cpu(geometry: Geometry, options: Options, batch: int, *, chunk: int)
         budget=budget.host_bytes,
         slot_bytes=options.tile_bytes,
         num_slots=options.num_slots,
-        write_bytes=write_buffer_bytes(geometry, chunk, batch),
+        write_bytes=write_buffer_bytes(geometry, options, chunk, batch),
     )
     _check_buffers(
         budget.host_bytes,
@@ -164,7 +164,7 @@ def plan_on_cpu(geometry: Geometry, options: Options, batch: int, *, chunk: int)
         resident_bytes=None,
         near_share=0.0,
         near_adapts=False,
-        kv_format=options.kv_format,
+        kv_format=options.kv_format or EXACT.name,
         budget=budget,
         gpu_parts={},
         host_bytes=host,

@@ -96,10 +96,12 @@ class SpanStore:
 
     Attributes:
         block_tokens: tokens stored together; 1 stores every token at once and keeps no tail.
+        whole: segments are attended one by one, so there are few, as with `block_tokens` 1.
         grow_tokens: least capacity of a segment, unless a reservation or the memory ends before.
     """
 
     block_tokens: int = BLOCK_TOKENS
+    whole: bool = False
     grow_tokens: int = 8 * BLOCK_TOKENS
     length: int = 0
     stored: int = 0
@@ -308,11 +310,14 @@ class SpanStore:
         if not spare:
             return needed
         if self.reserved - start >= needed and not self._reordered:
-            whole = self.block_tokens == 1
+            whole = self.whole or self.block_tokens == 1
             return self.reserved - start if whole else self._foreseen(start, needed)
         if self.block_tokens == 1 and not self._reordered:
             # Attended segment by segment: few of them, each half of what there was before.
             return max(needed, self.grow_tokens, start // 2)
+        if self.whole and not self._reordered:
+            grown = start // 2 // self.block_tokens * self.block_tokens
+            return max(needed, self.grow_tokens, grown)
         if self.block_tokens > 1 and self._reordered:
             return needed
         # A large append is a prefill chunk, and the next one opens its own segment.

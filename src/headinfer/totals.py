@@ -13,14 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headinfer.attention.api import AUTO, attend, grows_with_keys, spec_of
+from headinfer.attention import native, packed
+from headinfer.attention.api import (
+    AUTO,
+    SHORT_QUERY_TOKENS,
+    attend,
+    choose,
+    grows_with_keys,
+    spec_of,
+)
 from headinfer.attention.masks import Block, MaskRecipe
 from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
-from headinfer.attention.types import Partial, Window
-from headinfer.heads import Piece
+from headinfer.attention.types import AttentionSpec, Partial, Window
+from headinfer.heads import PackedPiece, Piece
 
 EXPAND_BYTES = 64 * 2**20
 """Latent keys and values are expanded, and those with softcap copied where no kernel fuses it, this much at once."""
+
+DECODED_BYTES = 512 * 2**20
+"""Packed keys and values that no kernel reads as they are get decoded this much at once."""
 
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
@@ -89,24 +100,91 @@ class Total:
             self._parts, self._owned = [merge_all(self._parts)], True
         return self._parts[0]
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Piece | PackedPiece) -> None:
         """Attend a piece of the context and merge what every row sees of it."""
-        rows, keys = (0, self._q.shape[2]), (piece.start, piece.start + piece.k.shape[2])
-        for block in self._query.recipe.blocks(rows, keys):
-            start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
-            step = stop - start
-            if not block.causal and (self._query.expand is not None or self._grows(piece, block)):
-                step = min(step, self._expand_tokens(piece))
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                bias = block.bias
-                if bias is not None and step < stop - start:
-                    bias = bias[..., first - start : last - start]
-                k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
-                window = block.window
-                if window is not None:
-                    window = window._replace(offset=window.offset - (first - start))
-                self._add(block.rows, k, v, block.causal, bias, window)
+        rows = 0, self._q.shape[2]
+        if isinstance(piece, PackedPiece):
+            for block in self._query.recipe.blocks(rows, (piece.start, piece.stop)):
+                self._add_packed(piece, block)
+            return
+        for block in self._query.recipe.blocks(rows, (piece.start, piece.start + piece.k.shape[2])):
+            self._add_block(piece, block)
+
+    def _add_block(self, piece: Piece, block: Block) -> None:
+        start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
+        step = stop - start
+        if not block.causal and (self._query.expand is not None or self._grows(piece, block)):
+            step = min(step, self._expand_tokens(piece))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            bias = block.bias
+            if bias is not None and step < stop - start:
+                bias = bias[..., first - start : last - start]
+            k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
+            window = block.window
+            if window is not None:
+                window = window._replace(offset=window.offset - (first - start))
+            self._add(block.rows, k, v, block.causal, bias, window)
+
+    def _add_packed(self, piece: PackedPiece, block: Block) -> None:
+        """Like `_add_block`; decoded first unless the native kernel reads it as it lies."""
+        start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
+        q = self._q[:, :, block.rows[0] : block.rows[1]]
+        if start or block.causal or not self._reads_packed(piece, block, q):
+            self._add_decoded(piece, block, start, stop)
+            return
+        bias = block.bias
+        if bias is not None and bias.shape[1] != 1:
+            bias = bias[:, self._heads[0] : self._heads[1]]
+        if not self._collect and len(self._parts) > 1:
+            _ = self.partial  # before there is a third: no more than two are held
+        part = packed.attend(
+            q,
+            piece.packed_k,
+            piece.packed_v,
+            *(piece.tail or (None, None)),
+            keys=stop,
+            scale=self._query.scale,
+            bias=bias,
+            softcap=self._query.softcap,
+        )
+        self._merge(block.rows, part)
+
+    def _add_decoded(self, piece: PackedPiece, block: Block, start: int, stop: int) -> None:
+        """Some heads at a time where all of them decoded would be large."""
+        size = piece.nbytes * 4 // 3 * (stop - start) // max(piece.stop - piece.start, 1)
+        step = max(1, piece.heads * DECODED_BYTES // max(size, 1))
+        if step >= piece.heads or self._query.expand is not None:
+            self._add_block(piece.plain(start, stop), block)
+            return
+        per_kv, first = self._q.shape[1] // piece.heads, self._heads[0]
+        groups: list[Total] = []
+        for head in range(0, piece.heads, step):
+            last = min(head + step, piece.heads)
+            group = Total(self._query, self._q, (head * per_kv, last * per_kv), self._impl, True)
+            group._heads = first + head * per_kv, first + last * per_kv  # in a bias of all heads
+            group._add_block(piece.plain(start, stop, slice(head, last)), block)
+            groups.append(group)
+        if not self._collect and len(self._parts) > 1:
+            _ = self.partial
+        self.join(groups)
+
+    def _reads_packed(self, piece: PackedPiece, block: Block, q: Tensor) -> bool:
+        query = self._query
+        spec = AttentionSpec(
+            device=q.device.type,
+            dtype=q.dtype,
+            key_dim=q.shape[-1],
+            value_dim=query.value_dim,
+            q_per_kv=q.shape[1] // piece.heads,
+            query_tokens=min(q.shape[2], SHORT_QUERY_TOKENS),
+            causal=False,
+            biased=block.bias is not None,
+            softcap=query.softcap is not None,
+            windowed=block.window is not None,
+            gradient=torch.is_grad_enabled() and q.requires_grad,
+        )
+        return query.expand is None and choose(spec, self._impl).name == native.NAME
 
     def accept(self, partial: Partial) -> None:
         """Add what was found elsewhere, for all rows of these heads."""

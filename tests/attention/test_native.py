@@ -391,19 +391,19 @@ def test_the_environment_chooses_the_level(monkeypatch, level):
 @needs_library
 def test_the_library_itself_refuses_what_python_would_not_send():
     library = native._load()
-    empty = native._CALL.pack(*[0] * 34)
+    empty = native.CALL.pack(*[0] * 34)
     assert library.headinfer_attend(None) == 1
     assert library.headinfer_attend(empty) == 3
     fields = [0] * 34
     fields[6:13] = [1, 1, 1, 1, 4, 64, 64]
     fields[-2:] = [1, -1]
-    assert library.headinfer_attend(native._CALL.pack(*fields)) == 1
+    assert library.headinfer_attend(native.CALL.pack(*fields)) == 1
     fields[11] = 0
-    assert library.headinfer_attend(native._CALL.pack(*fields)) == 2
+    assert library.headinfer_attend(native.CALL.pack(*fields)) == 2
     fields[11], fields[-1] = 64, 99
-    assert library.headinfer_attend(native._CALL.pack(*fields)) == 4
+    assert library.headinfer_attend(native.CALL.pack(*fields)) == 4
     fields[-1], fields[-5] = -1, 7
-    assert library.headinfer_attend(native._CALL.pack(*fields)) == 5
+    assert library.headinfer_attend(native.CALL.pack(*fields)) == 5
 
 
 @needs_library

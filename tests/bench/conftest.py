@@ -81,6 +81,20 @@ def synthetic() -> Results:
         for place, name in enumerate(contestants):
             for metric in ("prefill", "token"):
                 rows.append(row(case, name, context, metric, 0.3 - 0.001 * place))
+    for name, metric, value in (
+        ("codec", "wrong values", 0.0),
+        ("plain stream", "stream", 0.4),
+        ("packed stream", "stream", 0.3),
+        ("native", "attention", 0.02),
+        ("native, packed", "attention", 0.021),
+    ):
+        rows.append(row("lossless-format", name, LONG, metric, value, values=(value,)))
+    for context, longer in ((LONG, 1), (2 * LONG, 2)):
+        rows.append(row("lossless-decode-8b", "mixed", context, "token", 0.17 * longer))
+        rows.append(row("lossless-decode-8b", "mixed-lossless", context, "token", 0.15 * longer))
+    rows.append(row("lossless-prefill-8b", "streaming", LONG, "prefill", 11.2))
+    rows.append(row("lossless-prefill-8b", "streaming-lossless", LONG, "prefill", 11.4))
+    rows.append(row("lossless-million-8b", "planned-lossless", 1_000_000, "token", 0.9))
     for context in (32 * KIB, 64 * KIB):
         rows.append(row("decode-8b", "mixed", context, "token", 0.1, held={"gpu_peak_bytes": KV}))
     said = {"gpu_peak_bytes": 1.05 * KV, "seconds": 9.5, "eta_error": -0.08}

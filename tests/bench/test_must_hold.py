@@ -46,6 +46,10 @@ def test_a_file_with_all_rows_holds_every_bound(synthetic: Results) -> None:
         ("predicted time of a decoded", ("predict-8b-20", "planned", "token", 7.0)),
         ("predicted times on a CPU", ("predict-smollm2", "planned", "token", 13.0)),
         ("plan without arguments", ("plan-grid-8b", "planned", "prefill", 6.0)),
+        ("do not come back", ("lossless-format", "codec", "wrong values", 1.0)),
+        ("mixed decode of 128K keys", ("lossless-decode-8b", "mixed-lossless", "token", 0.16)),
+        ("prefill over 128K", ("lossless-prefill-8b", "streaming-lossless", "prefill", 11.6)),
+        ("1,000,000", ("lossless-million-8b", "planned-lossless", "token", 1.4)),
     ],
 )
 def test_a_worse_figure_misses_its_bound(synthetic: Results, what: str, change) -> None:
@@ -54,8 +58,8 @@ def test_a_worse_figure_misses_its_bound(synthetic: Results, what: str, change) 
         row.context_tokens
         for row in reversed(synthetic.rows)
         if (row.case, row.contestant, row.metric) == (case, contestant, metric)
-        and row.context_tokens in (0, 8192, 32768, 120 * 1024, 131072)
-        and (case != "decode-8b" or row.context_tokens == 131072)
+        and row.context_tokens in (0, 8192, 32768, 120 * 1024, 131072, 1_000_000)
+        and (not case.endswith("decode-8b") or row.context_tokens == 131072)
     )
     synthetic.rows = [
         replace(row, median=value)
@@ -65,6 +69,23 @@ def test_a_worse_figure_misses_its_bound(synthetic: Results, what: str, change) 
     ]
     states = {v.what: v.state for v in judge(synthetic)}
     assert [state for name, state in states.items() if what in name] == [MISSES]
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "value"),
+    [
+        ("packed stream", "packed stream", 0.32),
+        ("native kernel over packed", "native, packed", 0.03),
+    ],
+)
+def test_slower_turns_miss_their_bound(
+    synthetic: Results, what: str, name: str, value: float
+) -> None:
+    synthetic.rows = [
+        replace(row, values=(value, 9.0)) if row.contestant == name else row
+        for row in synthetic.rows
+    ]
+    assert [v.state for v in judge(synthetic) if what in v.what] == [MISSES]
 
 
 @pytest.mark.parametrize(

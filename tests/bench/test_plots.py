@@ -29,6 +29,8 @@ def test_the_same_results_give_the_same_pictures(synthetic: Results, tmp_path: P
         "decode-8b-token.svg",
         "decode-8b-peak.png",
         "decode-8b-peak.svg",
+        "lossless-decode-8b-token.png",
+        "lossless-decode-8b-token.svg",
     ]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     drawn = one[1].read_text()

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the native library the way sanitizers want to see it: several callers at once, every level,
 // memory that ends where the tensors end, a fork, and results held against double precision.
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -13,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "guarded.h"
 #include "headinfer_native.h"
 
 namespace {
@@ -22,31 +22,6 @@ struct Shape {
   int32_t type;
   bool causal, biased;
   float softcap;
-};
-
-// Memory that ends where a page begins that nobody may read, with NaN in front of it: reading past
-// a tensor ends the run, reading before it shows in the result.
-class Guarded {
- public:
-  explicit Guarded(int64_t nbytes) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t whole = (static_cast<size_t>(nbytes) + page - 1) / page * page;
-    length_ = whole + page;
-    void *made = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (made == MAP_FAILED) std::abort();
-    start_ = static_cast<char *>(made);
-    std::memset(start_, 0xff, whole);
-    if (mprotect(start_ + whole, page, PROT_NONE) != 0) std::abort();
-    data_ = start_ + whole - nbytes;
-  }
-  Guarded(const Guarded &) = delete;
-  Guarded &operator=(const Guarded &) = delete;
-  ~Guarded() { munmap(start_, length_); }
-  char *get() const { return data_; }
-
- private:
-  char *start_, *data_;
-  size_t length_;
 };
 
 // Heap blocks of exactly the size needed: one byte more and AddressSanitizer ends the run.

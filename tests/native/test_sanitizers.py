@@ -2,7 +2,8 @@
 """The native library under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer.
 
 driver.cpp, linked with the library's sources, runs every instruction level from several threads on
-memory that ends at an unreadable page, and holds the results against double precision.
+memory that ends at an unreadable page, and holds the results against double precision;
+packed_driver.cpp does so with packed blocks, whole and damaged, against the kernel over plain ones.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ def require(flags: str, tmp_path: Path) -> None:
     ],
     ids=["plain", "threads", "addresses"],
 )
-def test_the_kernel_is_clean_and_right(flags: str, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["driver", "packed_driver"])
+def test_the_kernel_is_clean_and_right(
+    flags: str, arguments: list[str], driver: str, tmp_path: Path
+) -> None:
     require(flags, tmp_path)
     program = tmp_path / "driver"
     built = run(
         [str(ROOT / "scripts" / "build_native"), str(program)],
         CXX=str(COMPILER),
         CXXFLAGS=f"{flags} {WARNINGS}",
-        HEADINFER_MAIN=str(ROOT / "tests" / "native" / "driver.cpp"),
+        HEADINFER_MAIN=str(ROOT / "tests" / "native" / f"{driver}.cpp"),
     )
     assert built.returncode == 0, built.stderr
     done = run([str(program), *arguments])

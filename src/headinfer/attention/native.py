@@ -24,7 +24,7 @@ from headinfer.errors import InputError
 LIBRARY = Path("lib", "libheadinfer_native.so")
 """Below the folder of the package."""
 
-ABI = 2
+ABI = 4
 MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16
@@ -35,14 +35,15 @@ softcap, which it does not do."""
 LEVEL_VARIABLE = "HEADINFER_NATIVE_LEVEL"
 """Environment variable that names the instruction level to use instead of the best."""
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NAME = "native"
 _threads: int | None = None
 
 
 class NativeAttention:
     """CPU calls with few query rows: decode, a batch of it, speculative tokens. With softcap, all."""
 
-    name = "native"
+    name = NAME
 
     def unsupported(self, spec: AttentionSpec) -> list[str]:
         reasons = []
@@ -55,7 +56,7 @@ class NativeAttention:
             reasons.append("a window")
         if spec.gradient:
             reasons.append("a gradient")
-        if spec.dtype not in _TYPES:
+        if spec.dtype not in TYPES:
             reasons.append(f"type {spec.dtype}; runs float32, float16, bfloat16")
         if max(spec.key_dim, spec.value_dim) > MAX_DIM:
             reasons.append(f"head dims {spec.key_dim} and {spec.value_dim}; runs up to {MAX_DIM}")
@@ -103,7 +104,7 @@ def attend(
     Raises:
         InputError: shapes, types, `level` or `num_threads` are not what the library takes.
     """
-    library = _library_or_raise()
+    library = loaded()
     check_call(q, k, v, bias, causal=causal)
     batch, heads, rows = q.shape[:3]
     found = Partial(
@@ -141,15 +142,15 @@ def pack_call(
     k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (k, v))
     batch, heads, rows, key_dim = q.shape
     kv_heads, keys, value_dim = v.shape[1:]
-    bias, biased = _bias(bias, (batch, heads, rows, keys))
-    call = _CALL.pack(
+    bias, biased = checked_bias(bias, (batch, heads, rows, keys))
+    call = CALL.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if bias is None else bias.data_ptr(),
         found.out.data_ptr(), found.lse.data_ptr(),
         batch, kv_heads, heads // kv_heads, rows, keys, key_dim, value_dim,
         *q.stride(), *k.stride()[:3], *v.stride()[:3],
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         scale, 0.0 if softcap is None else softcap,
-        _TYPES[q.dtype], biased, causal, num_threads, _level_index(level),
+        TYPES[q.dtype], biased, causal, num_threads, level_index(level),
     )  # fmt: skip
     return call, [k, v] if bias is None else [k, v, bias]
 
@@ -160,7 +161,7 @@ def function_address(name: str) -> int:
     Raises:
         InputError: there is no library.
     """
-    return ctypes.cast(getattr(_library_or_raise(), name), ctypes.c_void_p).value or 0
+    return ctypes.cast(getattr(loaded(), name), ctypes.c_void_p).value or 0
 
 
 def threads() -> int:
@@ -196,7 +197,7 @@ def why_absent() -> str | None:
 
 def levels() -> dict[str, bool]:
     """The instruction levels built into the library, best first, and whether this CPU runs them."""
-    library = _library_or_raise()
+    library = loaded()
     names = [library.headinfer_level_name(i) for i in range(library.headinfer_level_count())]
     return {name.decode(): bool(library.headinfer_level_runs(i)) for i, name in enumerate(names)}
 
@@ -235,7 +236,7 @@ def touch(address: int, nbytes: int, *, num_threads: int | None = None) -> None:
         MemoryError: the system has no memory left for the pages.
     """
     count = threads() if num_threads is None else checked_threads(num_threads)
-    status = _library_or_raise().headinfer_touch(address, nbytes, count)
+    status = loaded().headinfer_touch(address, nbytes, count)
     raise_for(status, f"touching {nbytes:,} bytes")
 
 
@@ -247,13 +248,13 @@ def read_seconds(address: int, nbytes: int, *, num_threads: int | None = None) -
     """
     count = threads() if num_threads is None else checked_threads(num_threads)
     seconds = ctypes.c_double()
-    library = _library_or_raise()
+    library = loaded()
     status = library.headinfer_read(address, nbytes, count, ctypes.byref(seconds))
     raise_for(status, f"reading {nbytes:,} bytes")
     return seconds.value
 
 
-_CALL = struct.Struct("@6P 7q 4q 3q 3q 4q 2f 5i 4x")
+CALL = struct.Struct("@6P 7q 4q 3q 3q 4q 2f 5i 4x")
 """headinfer_attend_args of native/headinfer_native.h; filling a ctypes.Structure takes longer than
 attending a thousand keys."""
 
@@ -265,6 +266,8 @@ _PROBLEMS = {
     5: "the element type is unknown",
     6: "the system has no memory left for it",
     7: "the system refused",
+    8: "a packed block is damaged",
+    9: "there are no overflow entries left",
 }
 
 
@@ -285,7 +288,7 @@ def check_call(
             f"native attention takes q, k, v [b, h, t, d] of one type, got {_shapes(q, k, v)} of "
             f"{q.dtype}, {k.dtype}, {v.dtype}"
         )
-    if q.dtype not in _TYPES or not (q.is_cpu and k.is_cpu and v.is_cpu):
+    if q.dtype not in TYPES or not (q.is_cpu and k.is_cpu and v.is_cpu):
         raise InputError(f"native attention runs float types on cpu, got {q.dtype} on {q.device}")
     (batch, heads, rows, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     fits = (
@@ -307,7 +310,9 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
-def _bias(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, int]:
+def checked_bias(
+    bias: Tensor | None, shape: tuple[int, int, int, int]
+) -> tuple[Tensor | None, int]:
     """`bias` seen as `shape`, and its headinfer_bias."""
     if bias is None:
         return None, 0
@@ -316,7 +321,7 @@ def _bias(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor
     return bias.float().expand(shape), 2
 
 
-def _level_index(name: str | None) -> int:
+def level_index(name: str | None) -> int:
     if name is None:
         if LEVEL_VARIABLE not in os.environ:
             return -1
@@ -333,12 +338,7 @@ def _checked_level(name: str, asked: str) -> str:
     return name
 
 
-def library() -> ctypes.CDLL:
-    """The loaded library, for its other uses. Raises InputError where there is none."""
-    return _library_or_raise()
-
-
-def _library_or_raise() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     found = _load()
     if isinstance(found, str):
         raise InputError(found)
@@ -364,6 +364,14 @@ def _load() -> ctypes.CDLL | str:
     if abi != ABI:
         return f"the native library {path} has interface {abi}, not {ABI}: build it again"
     library.headinfer_attend.argtypes = [ctypes.c_char_p]
+    library.headinfer_attend_packed.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.headinfer_recode.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.headinfer_level_name.restype = ctypes.c_char_p
     library.headinfer_touch.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.headinfer_read.argtypes = [

@@ -28,6 +28,7 @@ class Mode(enum.StrEnum):
     DECODE = "decode"
     ATTENTION = "attention"
     LAST_CHUNK = "last chunk"
+    PACKED = "packed"
 
 
 MODES = {
@@ -38,6 +39,7 @@ MODES = {
     Mode.DECODE: "tokens after a simulated context",
     Mode.ATTENTION: "attention inside one chunk after a simulated context",
     Mode.LAST_CHUNK: "the last chunk of a prompt whose beginning is simulated, then tokens",
+    Mode.PACKED: "the lossless format: round trips, kernels over packed keys, packed streams",
 }
 
 
@@ -73,13 +75,17 @@ CONTESTANTS: dict[str, Contestant] = {
             "unrecorded", "headinfer, as planned, steps run by the model's code", True, 1.02
         ),
         Contestant("all-resident", "headinfer, all resident", True, 0.0),
+        Contestant("streaming-lossless", "headinfer, streaming only, lossless", True, 0.8),
+        Contestant("mixed-lossless", "headinfer, mixed, lossless", True, 0.8),
+        Contestant("planned-lossless", "headinfer, as planned, lossless", True, 0.8),
     )
 }
 BY_HAND: dict[str, Contestant] = {
     name: Contestant(name, manual.label, True, 1.02) for name, manual in GRID.items()
 }
 KNOWN = CONTESTANTS | BY_HAND
-EVERYBODY = tuple(CONTESTANTS)
+PACKING = "-lossless"
+EVERYBODY = tuple(name for name in CONTESTANTS if not name.endswith(PACKING))
 PREFILLING = ("resident", "offloaded", "schedule", "streaming", "planned")
 """Near-data attention is for decode: in a prefill it would be streaming again."""
 
@@ -131,6 +137,7 @@ def _lengths(*kib: int) -> tuple[int, ...]:
 
 
 _8B = Case("", Mode.GENERATE, "cuda", "Llama-3-8B")
+_PACKED_8B = replace(_8B, cap="24GiB", default=False)
 
 CASES: dict[str, Case] = {
     case.name: case
@@ -239,6 +246,40 @@ CASES: dict[str, Case] = {
             repeats=2,
             steps=16,
             default=False,
+        ),
+        Case(
+            "lossless-format", Mode.PACKED, "any", contexts=_lengths(128), repeats=9, default=False
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-decode-8b",
+            mode=Mode.DECODE,
+            contexts=_lengths(128, 256),
+            contestants=("streaming", "streaming-lossless", "mixed", "mixed-lossless"),
+            steps=10,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-prefill-8b",
+            contexts=_lengths(128),
+            contestants=("streaming", "streaming-lossless"),
+            repeats=2,
+            steps=4,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-prefill-256k-8b",
+            contexts=_lengths(64, 128, 256),
+            contestants=("planned-lossless",),
+            steps=4,
+        ),
+        replace(
+            _PACKED_8B,
+            name="lossless-million-8b",
+            mode=Mode.DECODE,
+            contexts=(1_000_000,),
+            contestants=("planned-lossless", "mixed-lossless"),
+            steps=8,
         ),
         Case(
             "smollm2-cpu",

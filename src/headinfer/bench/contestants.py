@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
 from headinfer.bench import baseline
+from headinfer.bench.cases import PACKING
 from headinfer.bench.grid import GRID, options_of
 from headinfer.bench.shapes import Shape
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
@@ -203,6 +204,9 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         NotAvailable: not on this device.
     """
     options: dict[str, Any] = {"expected_tokens": ground.tokens, **ground.extra}
+    if name.endswith(PACKING):
+        options["kv_format"] = "lossless"
+        name = name.removesuffix(PACKING)
     if ground.cap is not None and ground.device.type == "cuda":
         options["gpu_memory"] = ground.cap
     if name == "planned":
@@ -219,6 +223,7 @@ def own_options(name: str, ground: Ground) -> dict[str, Any]:
         options["staging"] = True  # otherwise a CPU attends everything in place
     if name == "all-resident":
         return {**options, "resident_heads": ground.shape.kv_heads}
+    options.setdefault("kv_format", "exact")  # what is compared is not left to the plan
     # On a CPU nothing adapts: half of the heads are attended in place there.
     mixed = None if ground.device.type == "cuda" else 0.5
     share = {"streaming": 0.0, "near-data": 1.0, "mixed": mixed}[name]

@@ -69,6 +69,33 @@ def speedup(case: str, ours: str, peer: str, context: int, metric: str) -> Calla
     return find
 
 
+def quicker(case: str, ours: str, other: str, context: int, metric: str) -> Callable[..., Finding]:
+    """How many times faster `ours` is than `other` by the best of their turns: rows of one run, on a
+    machine whose neighbours come and go."""
+
+    def find(results: Results) -> Finding:
+        mine, theirs = (results.find(case, name, context, metric) for name in (ours, other))
+        if mine is None or theirs is None or not mine.values or not theirs.values:
+            return Finding(None, f"run --case {case}")
+        value = min(theirs.values) / min(mine.values)
+        medians = f"medians {seconds(mine.median or 0.0)} against {seconds(theirs.median or 0.0)}"
+        return Finding(value, f"{value:.2f}x ({medians})", rows=(mine, theirs))
+
+    return find
+
+
+def row_value(case: str, name: str, context: int, metric: str) -> Callable[..., Finding]:
+    """What one row says."""
+
+    def find(results: Results) -> Finding:
+        row = results.find(case, name, context, metric)
+        if row is None or row.median is None:
+            return Finding(None, f"run --case {case}")
+        return Finding(row.median, f"{row.median:,.0f} {row.unit}", rows=(row,))
+
+    return find
+
+
 def first_token(results: Results) -> Finding:
     """The worst of ours: first token after a prefill over a steady one."""
     found: list[tuple[float, Row]] = []

@@ -31,6 +31,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "planned": ("#0072B2", "o", "-"),
     "unrecorded": ("#E69F00", "*", "-"),
     "all-resident": ("#999999", "X", "--"),
+    "streaming-lossless": ("#56B4E9", "h", ":"),
+    "mixed-lossless": ("#009E73", "p", ":"),
+    "planned-lossless": ("#0072B2", "d", ":"),
 }
 """Colour, marker and line: the palette of Okabe and Ito, told apart without colour as well."""
 

@@ -23,6 +23,7 @@ from headinfer.bench.clock import Deadline, OutOfTime
 from headinfer.bench.contestants import Ground, NotAvailable, clean
 from headinfer.bench.machine import Others, devices_here, session_now, settle
 from headinfer.bench.models import build
+from headinfer.bench.packed import packed_rows
 from headinfer.bench.rates import kernel_rows, pinning_rows, rate_rows
 from headinfer.bench.results import (
     FAILED,
@@ -228,6 +229,9 @@ class _Runs:
             return list(pinning_rows(case, quick=quick))
         if case.mode is Mode.KERNELS:
             return list(kernel_rows(case, key[2], results, deadline=deadline))
+        if case.mode is Mode.PACKED:
+            cuda = "cuda" in self._devices
+            return list(packed_rows(case, key[2], cuda=cuda, quick=quick, deadline=deadline))
         if quick:
             case = replace(case, repeats=min(case.repeats, 2), steps=min(case.steps, 4))
         ground = self._ground(case, key)
@@ -319,7 +323,12 @@ class _DeviceLost(Exception):
     """After an error the GPU refuses everything."""
 
 
-_OWN_NAMES = {Mode.RATES: "machine", Mode.PINNING: "host memory", Mode.KERNELS: "kernels"}
+_OWN_NAMES = {
+    Mode.RATES: "machine",
+    Mode.PINNING: "host memory",
+    Mode.KERNELS: "kernels",
+    Mode.PACKED: "lossless format",
+}
 """Runs of modes that find their contestants by themselves."""
 
 

@@ -21,11 +21,12 @@ from headinfer.attention.api import IMPLEMENTATIONS
 from headinfer.attention.rule import eager, oracle, within_rule
 from headinfer.attention.types import AttentionSpec
 from headinfer.bench.baseline import attend_one_head
-from headinfer.bench.cases import CONTESTANTS
+from headinfer.bench.cases import CONTESTANTS, PACKING
 from headinfer.bench.contestants import Ground, NotAvailable, clean, enter
 from headinfer.bench.models import build
 from headinfer.bench.results import Check
 from headinfer.bench.shapes import SHAPES, Shape
+from headinfer.layout import BLOCK_TOKENS
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_TOKENS = 323, 6, 64
 SMALL = {"tile_bytes": 16384, "chunk_tokens": CHUNK_TOKENS}
@@ -65,7 +66,9 @@ def _contestants_against_resident(shape: Shape, dtype: str, device: str) -> Iter
     prompt = torch.randint(0, shape.vocab, (1, PROMPT_TOKENS), generator=generator).to(device)
 
     def ground(name: str) -> Ground:
-        extra = SMALL if CONTESTANTS[name].ours else {}
+        extra: dict[str, Any] = dict(SMALL) if CONTESTANTS[name].ours else {}
+        if name.endswith(PACKING):  # a slot holds one block of one head at least
+            extra["tile_bytes"] = 2 * BLOCK_TOKENS * 2 * shape.head_dim
         tokens = PROMPT_TOKENS + NEW_TOKENS
         return Ground(model, shape, dtype, tokens, CHUNK_TOKENS, extra=extra)
 

@@ -114,6 +114,7 @@ def run(
     disk: opt.Disk = None,
     disk_memory: opt.DiskMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
+    kv_format: opt.KVFormatOption = None,
     on_unsupported: opt.OnUnsupportedOption = opt.OnUnsupported.error,
     save: opt.Save = None,
     context: opt.Context = None,
@@ -143,7 +144,13 @@ def run(
         question=question,
         max_new_tokens=max_new_tokens,
         memory=Memory(
-            gpu_memory, host_memory, chunk_tokens, on_unsupported.value, disk, disk_memory
+            gpu_memory,
+            host_memory,
+            chunk_tokens,
+            on_unsupported.value,
+            disk,
+            disk_memory,
+            opt.name(kv_format),
         ),
         device=device,
         dtype=opt.name(dtype),
@@ -190,6 +197,7 @@ def plan(
     disk: opt.Disk = None,
     disk_memory: opt.DiskMemory = None,
     chunk_tokens: opt.ChunkTokens = None,
+    kv_format: opt.KVFormatOption = None,
     allow_beyond_positions: opt.AllowBeyondPositions = False,
     plot: opt.Plot = None,
     device: opt.Device = None,
@@ -202,7 +210,14 @@ def plan(
 
     show_plan(
         model,
-        Memory(gpu_memory, host_memory, chunk_tokens, disk=disk, disk_memory=disk_memory),
+        Memory(
+            gpu_memory,
+            host_memory,
+            chunk_tokens,
+            disk=disk,
+            disk_memory=disk_memory,
+            kv_format=opt.name(kv_format),
+        ),
         Elsewhere(gpu, ram),
         tokens=opt.token_count(tokens),
         new_tokens=new_tokens,

@@ -127,6 +127,7 @@ def show_plan(
         disk=memory.disk,
         disk_memory=memory.disk_memory,
         chunk_tokens=memory.chunk_tokens,
+        kv_format=memory.kv_format,
     )
     plan, most = found.plan, found.geometry.max_positions
     if 0 < most < tokens + new_tokens and not beyond:

@@ -35,6 +35,7 @@ class Memory:
     on_unsupported: str = "error"
     disk: str | None = None
     disk_memory: str | None = None
+    kv_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def _run_headwise(
             disk_memory=job.memory.disk_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
+            kv_format=job.memory.kv_format,
             expected_tokens=prompt.tokens + job.max_new_tokens,
             batch_size=sampling.num_beams,
             observer=bar,

@@ -20,6 +20,13 @@ class OnUnsupported(enum.StrEnum):
     materialize = "materialize"
 
 
+class KVFormat(enum.StrEnum):
+    """How keys and values are stored in host memory."""
+
+    exact = "exact"
+    lossless = "lossless"
+
+
 MODEL, PROMPT, GENERATION, MEMORY, OUTPUT = "Model", "Prompt", "Generation", "Memory", "Output"
 DISK = "On disk"
 
@@ -33,8 +40,8 @@ class Dtype(enum.StrEnum):
     auto = "auto"
 
 
-def name(dtype: Dtype | None) -> str | None:
-    return None if dtype is None else dtype.value
+def name(choice: enum.StrEnum | None) -> str | None:
+    return None if choice is None else str(choice.value)
 
 
 def _size(value: str | None, param: typer.CallbackParam) -> str | None:
@@ -119,6 +126,17 @@ HostMemory = Annotated[
         metavar="SIZE",
         callback=_size,
         help="Host memory for keys and values, e.g. 100GiB. Default: most of what is free.",
+        show_default=False,
+        rich_help_panel=MEMORY,
+    ),
+]
+KVFormatOption = Annotated[
+    KVFormat | None,
+    typer.Option(
+        "--kv-format",
+        metavar="|".join(KVFormat),
+        help="How keys and values are stored in host memory; lossless takes three quarters of the "
+        "bytes, for the same bits. Default: the plan decides.",
         show_default=False,
         rich_help_panel=MEMORY,
     ),

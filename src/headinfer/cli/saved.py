@@ -162,6 +162,7 @@ def _run(
             disk_memory=job.memory.disk_memory,
             chunk_tokens=job.memory.chunk_tokens,
             on_unsupported=job.memory.on_unsupported,
+            kv_format=job.memory.kv_format,
             expected_tokens=framed.tokens + max(new, 1),
             observer=bar,
         ) as session,

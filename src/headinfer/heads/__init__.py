@@ -8,17 +8,24 @@ tokens wait in a tail on the compute device and go down in whole blocks. Neither
 
 from __future__ import annotations
 
+from headinfer.heads.codec import Codec
 from headinfer.heads.direct import DirectHeads
 from headinfer.heads.memory import Adopt, Guard, KVShape, Mapped, Piece, SavedLayer, of_group
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
+from headinfer.heads.packed import PackedHeads, PackedInPlace
+from headinfer.heads.packed_memory import PackedPiece
 
 __all__ = [
     "Adopt",
+    "Codec",
     "DirectHeads",
     "Guard",
     "KVShape",
     "Mapped",
     "OffloadedHeads",
+    "PackedHeads",
+    "PackedInPlace",
+    "PackedPiece",
     "Piece",
     "SavedLayer",
     "WriteBuffers",

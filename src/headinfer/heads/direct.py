@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import TierFull
+from headinfer.heads.codec import Codec
 from headinfer.heads.memory import (
     EVERYTHING,
     KVShape,
@@ -126,8 +127,8 @@ class DirectHeads:
     def clear(self) -> None:
         self._memory.free(self.store.clear())
 
-    def clone(self, tier: Tier, engine: TransferEngine) -> DirectHeads:
-        """An independent copy in `tier`; nothing is under way, so `engine` is not needed."""
+    def clone(self, tier: Tier, engine: TransferEngine, codec: Codec | None = None) -> DirectHeads:
+        """An independent copy in `tier`; nothing is under way or packed, so no more is needed."""
         twin = DirectHeads(tier, self.shape, self.heads, expected_tokens=None)
         twin.store = copy.deepcopy(self.store)
         self._memory.clone_into(twin._memory)

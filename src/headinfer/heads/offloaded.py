@@ -11,10 +11,11 @@ from torch import Tensor
 
 from headinfer.errors import CacheStateError
 from headinfer.formats import KVFormat
+from headinfer.heads.codec import Codec
 from headinfer.heads.memory import KVShape, Piece, SavedLayer, SegmentMemory, clip, pieces_of
 from headinfer.heads.on_disk import later, read_pieces
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
-from headinfer.store import Append, Run, SpanStore, Write
+from headinfer.store import Append, Crop, Run, SpanStore, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
@@ -142,7 +143,7 @@ class OffloadedHeads:
             tail_v[:, :, before : before + tokens].copy_(v.transpose(0, 1))
             self.recent = [_tail_piece(stored, tail_k, tail_v, before + tokens)]
             if append.writes:
-                self._write_tail(append.writes, tail_k, tail_v)
+                self._write_tail(append.writes, tail_k, tail_v, buffers)
         else:
             self.recent = [Piece(start, k, v)]
             old = _tail_piece(stored, tail_k, tail_v, before)
@@ -263,7 +264,9 @@ class OffloadedHeads:
         yield from self.recent_pieces(length)
 
     def crop(self, length: int) -> None:
-        crop = self.store.prepare_crop(length)
+        self._crop(self.store.prepare_crop(length))
+
+    def _crop(self, crop: Crop) -> None:
         self.recent = None
         if crop.reload.tokens:
             self._reload_tail(crop.reload)
@@ -288,7 +291,9 @@ class OffloadedHeads:
         self._view_cache.clear()
         self._memory.free(self.store.clear())
 
-    def clone(self, tier: Tier, engine: TransferEngine) -> OffloadedHeads:
+    def clone(
+        self, tier: Tier, engine: TransferEngine, codec: Codec | None = None
+    ) -> OffloadedHeads:
         """An independent copy in `tier`, moved from now on by `engine`, the copy's own."""
         self._engine.drain()
         twin = OffloadedHeads(
@@ -316,7 +321,9 @@ class OffloadedHeads:
             )
         return self._tail
 
-    def _write_tail(self, writes: Sequence[Write], tail_k: Tensor, tail_v: Tensor) -> None:
+    def _write_tail(
+        self, writes: Sequence[Write], tail_k: Tensor, tail_v: Tensor, buffers: WriteBuffers
+    ) -> None:
         """The tail is exactly one full block: copy it down from where it is."""
         for write in writes:
             self._submit(write.key, write.offset, tail_k, tail_v, write.source, write.tokens)

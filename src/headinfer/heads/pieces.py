@@ -36,6 +36,11 @@ class Piece(NamedTuple):
     v: Tensor
     read: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that attending it reads."""
+        return self.k.nbytes + self.v.nbytes
+
 
 def clip(piece: Piece, length: int) -> Piece:
     keep = length - piece.start

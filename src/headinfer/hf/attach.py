@@ -378,7 +378,9 @@ class Session:
         weights = weight_bytes_of(self.model, device)
         more = weights_there(self.model)
         geometry = geometry_of(_decoder_config(self.model), weight_bytes=weights, weights=more)
-        return replace(geometry, itemsize=self.model.dtype.itemsize)
+        dtype = self.model.dtype
+        kind = str(dtype).removeprefix("torch.")
+        return replace(geometry, itemsize=dtype.itemsize, dtype=kind)
 
     def _make_plan(self) -> Plan:
         options = resolve_budget(self._options, self._device)

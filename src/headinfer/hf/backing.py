@@ -35,7 +35,7 @@ class CacheOptions(TypedDict, total=False):
     disk: str | os.PathLike[str] | None
     disk_memory: str | int | None
     chunk_tokens: int | None
-    kv_format: str
+    kv_format: str | None
     expected_tokens: int | None
     on_unsupported: str
     tile_bytes: str | int | None
@@ -109,7 +109,8 @@ class Backing:
         self, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, batch: int
     ) -> Runner:
         """Plan and runner exist from now on."""
-        geometry = replace(geometry, itemsize=dtype.itemsize)
+        kind = str(dtype).removeprefix("torch.")
+        geometry = replace(geometry, itemsize=dtype.itemsize, dtype=kind)
         options = resolve_budget(self.options, device)
         if options.chunk_tokens is None:
             options = replace(options, chunk_tokens=self.chunk)
@@ -151,6 +152,7 @@ def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettin
         staging=plan.staging,
         slot_bytes=plan.slot_bytes,
         num_slots=plan.num_slots,
+        ring_slot_bytes=plan.ring_slot_bytes,
         write_bytes=plan.write_bytes,
         resident_heads=plan.resident_heads,
         resident_bytes=plan.resident_bytes,

@@ -386,6 +386,12 @@ class HeadCache(DynamicCache):
         runner = self.backing.runner
         return Stats() if runner is None else runner.stats()
 
+    def ratios(self) -> dict[int, float]:
+        """Per layer whose blocks are packed (`kv_format="lossless"`), the bytes they take by those they
+        stand for, raw blocks included. Looks at every block."""
+        runner = self.backing.runner
+        return {} if runner is None else runner.ratios()
+
     def crop_to_complete(self) -> int:
         """After a forward pass that failed midway: crop to the tokens every layer holds, and to those
         before what a disk failed to take.

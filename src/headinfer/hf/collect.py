@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import CacheStateError
-from headinfer.heads import DirectHeads
+from headinfer.heads import DirectHeads, OffloadedHeads
 from headinfer.hf.cache import HeadCache, HeadLayer, HybridHeadLayer
 from headinfer.hf.states import state_of
 from headinfer.layer import Layer
@@ -144,7 +144,7 @@ def _runs(held: Layer, span: Span, waits: Waits, cache: HeadCache) -> list[Run]:
     if not span.tokens:
         return found
     for heads in held.ranges:
-        if not isinstance(heads, DirectHeads):
+        if isinstance(heads, OffloadedHeads):
             waits.append((heads.engine, heads.last_write))
         found += [
             Run(held.index, heads.heads.start, piece.start, piece.k, piece.v, piece.read)

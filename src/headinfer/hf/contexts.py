@@ -24,6 +24,7 @@ from typing_extensions import Unpack
 import headinfer
 from headinfer.budget import format_bytes
 from headinfer.errors import CacheStateError, InputError, SnapshotError, SnapshotWriteError
+from headinfer.geometry import EXACT
 from headinfer.hf.attach import session_of
 from headinfer.hf.backing import CacheOptions
 from headinfer.hf.cache import HeadCache
@@ -219,7 +220,6 @@ def first_manifest(
     rows: int,
     wanted_tokens: int,
     chunk_tokens: int,
-    kv_format: str,
 ) -> Manifest:
     """Of a context that holds nothing yet."""
     return Manifest(
@@ -230,7 +230,7 @@ def first_manifest(
         wanted_tokens=wanted_tokens,
         rows=rows,
         chunk_tokens=chunk_tokens,
-        kv_format=kv_format,
+        kv_format=EXACT.name,  # decoded: any cache can hold it again
         layers=(),
         files=(),
         sums=Stream(SUMS_NAME, 0, ""),
@@ -302,7 +302,6 @@ def _writer_for(
             rows=rows_of(cache),
             wanted_tokens=tokens,
             chunk_tokens=0 if plan is None else plan.chunk_tokens,
-            kv_format=cache.backing.options.kv_format,
         )
         check_room(folder, disk_bytes(model, cache, tokens, rows=first.rows))
         return new_writer(folder, first, lock), False

@@ -57,6 +57,7 @@ def geometry_of(
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         name=str(getattr(config, "model_type", "model")),
         weights=weights or Weights(),
+        dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else "",
     )
 
 
@@ -75,7 +76,8 @@ def layers_seen(count: int, key: Tensor, value: Tensor) -> Geometry:
     layer = LayerGeometry(
         LayerKind.FULL, key.shape[1], key.shape[-1], value.shape[-1], key.shape[1]
     )
-    return Geometry(layers=(layer,) * count, itemsize=key.element_size())
+    kind = str(key.dtype).removeprefix("torch.")
+    return Geometry(layers=(layer,) * count, itemsize=key.element_size(), dtype=kind)
 
 
 def resolve_budget(options: Options, device: torch.device) -> Options:

@@ -185,7 +185,6 @@ class _Reading:
             rows=self.ids.shape[0],
             wanted_tokens=self.total,
             chunk_tokens=self.chunk,
-            kv_format=self.cache.backing.options.kv_format,
         )
         needed = disk_bytes(self.model, self.cache, self.total, rows=first.rows)
         check_room(self.folder, needed - size_of(self.folder))

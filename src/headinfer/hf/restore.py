@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headinfer.errors import SnapshotError
+from headinfer.geometry import EXACT
 from headinfer.heads import Guard, KVShape, Mapped, SavedLayer
 from headinfer.hf.cache import HeadCache, HeadLayer
 from headinfer.hf.collect import PADDING, has_stock_state
@@ -45,11 +46,11 @@ def restore(model: PreTrainedModel, cache: HeadCache, context: Context, *, verif
     manifest = context.manifest
     _check_layers(cache, context)
     stored = manifest.kv_format, manifest.block_tokens
-    wanted = cache.backing.options.kv_format, BLOCK_TOKENS
-    if stored != wanted:
+    known = EXACT.name, BLOCK_TOKENS
+    if stored != known:
         raise SnapshotError(
             f"{context.folder} is stored as {stored[0]} in blocks of {stored[1]} tokens, and this "
-            f"cache keeps {wanted[0]} in blocks of {wanted[1]}; use kv_format={stored[0]!r}"
+            f"version reads {known[0]} in blocks of {known[1]}; read it with the one that wrote it"
         )
     devices = layer_devices(model, len(cache.layers))
     geometry, first = cache.backing.geometry, devices[0]

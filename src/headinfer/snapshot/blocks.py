@@ -73,7 +73,7 @@ def pieces_of(runs: Sequence[Run], span: Span) -> Iterator[tuple[int, int, Bytes
 
 
 def _step_tokens(run: Run) -> int:
-    if run.k.device.type == "cpu":
+    if run.k.device.type == "cpu":  # others, packed ones too, are brought here in pieces
         return run.stop
     per_token = (run.k[:, :, :1].numel() + run.v[:, :, :1].numel()) * run.k.element_size()
     return max(COPY_BYTES // per_token // BLOCK_TOKENS, 1) * BLOCK_TOKENS

@@ -38,7 +38,7 @@ class NativeQueue:
         threads: int = THREADS,
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
-        self._library = _declared(native.library())
+        self._library = _declared(native.loaded())
         self._handle = self._library.headinfer_disk_open(
             descriptor, alignment, piece_bytes, threads
         )

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encodes and decodes packed blocks for one compute device, with whatever runs there: Triton's
+kernels on CUDA, the native library on a CPU, torch where there is none.
+
+Owns what blocks share: overflow entries, the buffer that tiles are unpacked into, and the cell in
+which kernels say that a block is damaged. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from headinfer.attention import native, packed
+from headinfer.attention.packed import PackedRun
+from headinfer.blocks import WRITES_AHEAD
+from headinfer.errors import LosslessCorrupt, TierError
+from headinfer.formats import lossless
+from headinfer.formats.overflow import Overflow
+from headinfer.layout import BLOCK_TOKENS
+from headinfer.tiers import HostTier
+from headinfer.transfer import Copy, Ticket, TransferEngine
+
+
+class Codec:
+    """The lossless format on `device`, its overflow in host memory.
+
+    Attributes:
+        unpacked: [scratch_bytes] where tiles lie as compute reads them, one at a time.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        device: torch.device,
+        host: Callable[[], HostTier],
+        *,
+        scratch_bytes: int = 0,
+        poison: bool = False,
+    ) -> None:
+        self.device = device
+        self._engine = engine
+        self._host = host
+        self._poison = poison
+        self._overflow: dict[int, Overflow] = {}
+        self._lock = threading.Lock()
+        with torch.inference_mode(False):
+            self.unpacked = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+            self._damaged = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    @property
+    def overflows(self) -> dict[int, Overflow]:
+        """By dim of the blocks."""
+        return self._overflow
+
+    def overflow(self, dim: int) -> Overflow:
+        found = self._overflow.get(dim)
+        if found is None:
+            # In place, an encoding is over when it returns.
+            ahead = WRITES_AHEAD if self.unpacked.numel() else 1
+            found = self._overflow[dim] = Overflow(
+                dim, self._allocate, self.device, wait=self._done, ahead=ahead
+            )
+        return found
+
+    def reserve(self, blocks: dict[int, int]) -> None:
+        """Entries for that many more blocks, by dim, are free whatever their bytes.
+
+        Raises:
+            TierFull: the host budget does not allow them.
+        """
+        with self._lock:
+            for dim, count in blocks.items():
+                self.overflow(dim).reserve(count)
+
+    def counted(self, *dims: int) -> list[Copy]:
+        """The copies, after an encoding, that tell the host how many entries it took."""
+        found = [self.overflow(dim) for dim in dict.fromkeys(dims)]
+        return [Copy(one.landed, one.counter) for one in found]
+
+    def encoded(self, ticket: Ticket, blocks: dict[int, int]) -> None:
+        """Encodings of that many blocks, by dim, and `counted` after them, are over with `ticket`."""
+        with self._lock:
+            for dim, count in blocks.items():
+                self.overflow(dim).encoded(ticket, count)
+
+    def encode(self, values: Tensor, slots: Tensor) -> None:
+        """slots [h, b, blocks, slot_bytes] become values [h, b, blocks x 128, d]; both contiguous on
+        the device, entries reserved."""
+        overflow = self.overflow(values.shape[-1])
+        if self.device.type == "cuda":
+            from headinfer.formats.lossless_kernels import encode_blocks
+
+            dim, size = overflow.layout.dim, overflow.layout.slot_bytes
+            encode_blocks(values.view(-1, BLOCK_TOKENS, dim), slots.view(-1, size), overflow)
+        else:
+            _encode_on_host(values, PackedRun(slots, overflow))
+
+    def decode(self, slots: Tensor, out: Tensor, layer: int) -> None:
+        """out [h, b, blocks x 128, d] becomes what slots [h, b, blocks, slot_bytes] hold; both
+        contiguous on the device. A damaged block on a GPU is reported by `check`.
+
+        Raises:
+            LosslessCorrupt: a damaged block on a CPU.
+        """
+        overflow = self.overflow(out.shape[-1])
+        if self.device.type == "cuda":
+            from headinfer.formats.lossless_kernels import decode_blocks
+
+            dim, size = overflow.layout.dim, overflow.layout.slot_bytes
+            decode_blocks(
+                slots.view(-1, size),
+                out.view(-1, BLOCK_TOKENS, dim),
+                overflow,
+                self._damaged,
+                layer,
+            )
+        else:
+            decode_on_host(PackedRun(slots, overflow), out)
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """`nbytes` bytes that nobody reads any more, on the compute stream."""
+        found = self.unpacked[:nbytes] if nbytes <= self.unpacked.numel() else None
+        if found is None:
+            found = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if self._poison:
+            found.fill_(0xFF)
+        return found
+
+    def pack_on_host(self, values: Tensor, run: PackedRun) -> None:
+        """values [h, b, blocks x 128, d] in host memory are in `run`'s slots, there too; from any
+        thread, while nothing else is encoded.
+
+        Raises:
+            TierFull: the host budget does not allow their overflow.
+        """
+        with self._lock:
+            run.overflow.reserve(run.slots.shape[:3].numel())
+            _encode_on_host(values, run)
+            run.overflow.landed.copy_(run.overflow.counter)
+
+    def check(self) -> None:
+        """Raises LosslessCorrupt if a kernel met a damaged block since the last time."""
+        found, layer, block = self._damaged.tolist()
+        if found:
+            self._damaged.zero_()
+            raise LosslessCorrupt(
+                f"a packed block of layer {layer} is damaged (block {block} of a tile): the memory of "
+                "this machine changed what was written. Read the context again, with kv_format="
+                "'exact' if it happens again",
+                block=block,
+            )
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        # Not an extent of the tier's own: a GPU reaches registered memory under its host address
+        # only on some systems, memory that CUDA allocated on all of them.
+        pin = self.device.type == "cuda"
+        try:
+            with torch.inference_mode(False):
+                found = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+        except RuntimeError as error:
+            raise TierError(
+                f"the system gave no {nbytes} B of {'page-locked ' if pin else ''}host memory for blocks "
+                f"that do not compress ({error}). Use kv_format='exact'"
+            ) from error
+        self._host().adopt(found, nbytes)
+        return found
+
+    def _done(self, ticket: object, block: bool) -> bool:
+        return self._engine.done(ticket, block=block)
+
+
+def decode_on_host(run: PackedRun, out: Tensor, *, verify: bool = False) -> None:
+    """out [h, rows, blocks x 128, d] becomes what `run` holds, both in host memory.
+
+    Raises:
+        LosslessCorrupt: a block is damaged, or, with `verify`, not the one that was written.
+    """
+    if native.why_absent() is None:
+        packed.decode(run, out, verify=verify)
+        return
+    slots = run.slots if run.row_map is None else run.slots[:, list(run.row_map)]
+    flat = slots.reshape(-1, slots.shape[-1])
+    found = lossless.decode(flat, run.dim, run.overflow.fetch, verify=verify)
+    out.copy_(found.view(out.shape))
+
+
+def _encode_on_host(values: Tensor, run: PackedRun) -> None:
+    if native.why_absent() is None:
+        packed.encode(values, run)
+        return
+    made = lossless.encode(values.reshape(-1, BLOCK_TOKENS, run.dim))
+    lossless.point_to(made, run.overflow.store(made.entries))
+    run.slots.copy_(made.slots.view(run.slots.shape))

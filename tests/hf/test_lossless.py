@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kv_format="lossless" through attach: logits and tokens have the bits of kv_format="exact" with the
+same plan, generation, beams and saved contexts included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import headinfer
+from headinfer.errors import BudgetTooSmall, InputError
+from headinfer.heads import PackedHeads, PackedInPlace
+
+STAGED = {"staging": True, "tile_bytes": 2**16, "num_slots": 3, "poison": True}
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "in place": {},
+    "staged": STAGED,
+    "near": {**STAGED, "near_data": 1.0},
+    "near half": {**STAGED, "near_data": 0.5},
+    "partly resident": {**STAGED, "resident_heads": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def model(build: Any) -> Any:
+    return build("llama").to(torch.bfloat16)
+
+
+@pytest.fixture
+def prompt(ids: Any) -> torch.Tensor:
+    return ids(300, 2)
+
+
+def generated(model: Any, prompt: torch.Tensor, kv_format: str, how: dict[str, Any], **more: Any):
+    with headinfer.attach(model, kv_format=kv_format, chunk_tokens=64, **how) as run:
+        found = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=12,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **{"do_sample": False, **more},
+        )
+        kinds = {
+            type(h) for layer in run.cache.backing.runner.layers.values() for h in layer.ranges
+        }
+        return found.sequences, torch.stack(found.logits), kinds, run.cache.ratios(), run.plan
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_tokens_and_logits_have_the_same_bits(model, prompt, placement):
+    exact = generated(model, prompt, "exact", PLACEMENTS[placement])
+    packed = generated(model, prompt, "lossless", PLACEMENTS[placement])
+    assert torch.equal(exact[0], packed[0])
+    assert torch.equal(exact[1].view(torch.int16), packed[1].view(torch.int16))
+    assert (PackedHeads in packed[2]) != (PackedInPlace in packed[2])
+    assert not {PackedHeads, PackedInPlace} & exact[2]
+    assert set(packed[3]) == {0, 1}
+    assert all(0.76 < ratio < 1.02 for ratio in packed[3].values())
+    assert "stored without loss" in str(packed[4])
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_beams_find_the_same(model, prompt, placement):
+    exact = generated(model, prompt[:1], "exact", PLACEMENTS[placement], num_beams=3)
+    packed = generated(model, prompt[:1], "lossless", PLACEMENTS[placement], num_beams=3)
+    if placement != "in place":  # there, reordered runs are attended in other pieces
+        assert torch.equal(exact[0], packed[0])
+        assert torch.equal(exact[1].view(torch.int16), packed[1].view(torch.int16))
+    else:
+        assert exact[0].shape == packed[0].shape
+
+
+@pytest.mark.parametrize("saved_as", ["exact", "lossless"])
+@pytest.mark.parametrize("placement", ["in place", "staged", "partly resident"])
+def test_a_saved_context_is_that_of_the_exact_format(model, ids, tmp_path, placement, saved_as):
+    how, prompt = PLACEMENTS[placement], ids(300)
+    opened_as = "lossless" if saved_as == "exact" else "exact"
+    step = torch.tensor([[7]])
+    logits = []
+    for kv_format in (saved_as, opened_as, "lossless"):
+        with (
+            torch.no_grad(),
+            headinfer.attach(
+                model, kv_format=kv_format, chunk_tokens=64, expected_tokens=400, **how
+            ) as run,
+        ):
+            folder = tmp_path / "context"
+            if not Path(folder).exists():
+                cache = run.new_cache()
+                for part in prompt.split(64, dim=1):
+                    model(part, past_key_values=cache, use_cache=True)
+                headinfer.save_context(model, cache, folder)
+            else:
+                cache = headinfer.load_context(
+                    model, folder, kv_format=kv_format, expected_tokens=400, **how
+                )
+            out = model(step, past_key_values=cache, use_cache=True).logits
+            logits.append(out)
+            if kv_format == "lossless":
+                assert set(cache.ratios()) == {0, 1}
+            cache.close()
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_the_plan_packs_what_would_not_fit_otherwise(model):
+    config = model.config
+    whole = headinfer.plan_for(
+        config, prompt_tokens=2**20, device="cpu", kv_format="exact", host_memory="64GiB"
+    )
+    assert whole.kv_format == "exact"
+    config.dtype = torch.bfloat16
+    room = int(whole.host_bytes * 0.9)
+    plan = headinfer.plan_for(config, prompt_tokens=2**20, device="cpu", host_memory=room)
+    assert plan.kv_format == "lossless"
+    assert plan.host_bytes <= room
+    assert "would need" in str(plan)
+    with pytest.raises(BudgetTooSmall, match="does not fit"):
+        headinfer.plan_for(
+            config, prompt_tokens=2**20, device="cpu", host_memory=room, kv_format="exact"
+        )
+    easy = headinfer.plan_for(config, prompt_tokens=4096, device="cpu", host_memory="64GiB")
+    assert easy.kv_format == "exact"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_host_memory_stays_within_what_was_predicted(model, ids, placement):
+    """Law 4, with the overflow that is set aside."""
+    how = PLACEMENTS[placement]
+    with headinfer.attach(model, kv_format="lossless", expected_tokens=1100, **how) as run:
+        with torch.no_grad():
+            for part in ids(1100).split(run.plan.chunk_tokens, dim=1):
+                model(part, past_key_values=run.cache, use_cache=True)
+        held = run.cache.stats().host_bytes
+    assert held <= run.plan.host_bytes
+
+
+def test_what_cannot_be_packed_is_said(build):
+    plain = build("llama")
+    with headinfer.attach(plain, kv_format="lossless", expected_tokens=1000) as run:
+        assert run.plan.kv_format == "exact"
+        assert "keys and values are float32" in str(run.plan)
+
+
+def test_a_slot_that_holds_no_block_is_refused(model):
+    with pytest.raises(BudgetTooSmall, match="set tile_bytes to 16384 or more"):
+        headinfer.attach(
+            model,
+            kv_format="lossless",
+            staging=True,
+            tile_bytes=2**12,
+            batch_size=2,
+            expected_tokens=500,
+        )
+    with pytest.raises(
+        InputError, match="kv_format='smaller' is not known; known: exact, lossless"
+    ):
+        headinfer.attach(model, kv_format="smaller")

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lossless format does not change the answer: the same plan gives the same bits, whatever is done
+to the cache, with copies as late as allowed, and bytes as bad as they come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headinfer.attention import native
+from headinfer.attention.masks import Causal
+from headinfer.errors import LosslessCorrupt, TierFull
+from headinfer.formats.lossless import BlockLayout
+from headinfer.heads import PackedHeads, PackedInPlace
+from headinfer.layer import RunnerSettings
+from headinfer.runner import Runner
+from headinfer.testing.blocks import bits_of
+from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
+from headinfer.testing.numerics import check, eager, oracle
+from headinfer.totals import Query
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYERS = 2
+PLACEMENTS = ["in place", "staged", "partly resident", "demoting", "near half", "near"]
+
+
+def late_engine(device):
+    return DelayedCudaEngine(device) if device.type == "cuda" else DeferredEngine()
+
+
+def make_runner(device, kv_format, placement, *, late=True, slot_bytes=2**16, **more):
+    residents = {"partly resident": (1, 2), "demoting": (9, 9)}.get(placement, ())
+    if placement == "demoting":  # room for a part only
+        more.setdefault("resident_bytes", 120_000)
+    more.setdefault("near_share", {"near half": 0.5, "near": 1.0}.get(placement, 0.0))
+    return Runner(
+        RunnerSettings(
+            staging=placement != "in place" or device == "cuda",
+            slot_bytes=slot_bytes,
+            num_slots=3,
+            write_bytes=2**18,
+            resident_heads=residents,
+            kv_format=kv_format,
+            poison=True,
+            **more,
+        ),
+        engine=late_engine if late else None,
+    )
+
+
+class Pair:
+    """An exact and a lossless runner through the same history, and the keys and values in it."""
+
+    def __init__(self, device, placement, *, heads=2, dims=(16, 16), kind="normal", seed=0, **more):
+        self.exact = make_runner(device, "exact", placement, **more)
+        self.packed = make_runner(device, "lossless", placement, **more)
+        self.device, self.heads, self.dims, self.kind = device, heads, dims, kind
+        self.random = torch.Generator().manual_seed(seed)
+        self.length, self.same = 0, True
+        self.k, self.v = {}, {}
+        self.compared = []
+
+    @property
+    def both(self):
+        return self.exact, self.packed
+
+    def values(self, batch, tokens, heads, dim):
+        if self.kind == "mixed":  # every second block of tokens is raw
+            seed = int(torch.randint(2**31, (), generator=self.random))
+            bits = bits_of("wide", -(-batch * heads * tokens // 128), dim, seed)
+            odd = bits_of("few far", bits.shape[0], dim, seed)
+            bits = torch.where(
+                torch.rand(bits.shape[0], 1, 1, generator=self.random) < 0.5, bits, odd
+            )
+            flat = bits.view(-1, dim)[: batch * heads * tokens].clone()
+            flat = torch.where(flat.isfinite() & (flat.abs() < 100), flat, torch.zeros_like(flat))
+            x = flat.view(batch, tokens, heads, dim)
+        else:
+            x = torch.randn((batch, tokens, heads, dim), generator=self.random).bfloat16()
+        return x.to(self.device).transpose(1, 2)
+
+    def forward(self, tokens, batch):
+        for layer in range(LAYERS):
+            k = self.values(batch, tokens, self.heads, self.dims[0])
+            v = self.values(batch, tokens, self.heads, self.dims[1])
+            self.k[layer] = torch.cat([self.k[layer], k], 2) if layer in self.k else k
+            self.v[layer] = torch.cat([self.v[layer], v], 2) if layer in self.v else v
+            q = torch.randn((batch, self.heads * 2, tokens, self.dims[0]), generator=self.random)
+            query = Query(q.bfloat16().to(self.device), 0.25, Causal(self.length), self.dims[1])
+            outs = []
+            for runner in self.both:
+                length = runner.append(layer, k, v)
+                outs.append(runner.attend(layer, length, query))
+            if self.same:
+                assert torch.equal(outs[0].view(torch.int16), outs[1].view(torch.int16))
+            self.compare(layer, query.q, outs[1])
+        self.length += tokens
+
+    def compare(self, layer, q, out):
+        k, v = self.k[layer], self.v[layer]
+        rows = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=self.device)
+        mask = torch.arange(k.shape[2], device=self.device) <= rows[:, None]
+        how = {"scale": 0.25, "bias": mask[None, None]}
+        found = out.transpose(1, 2), eager(q, k, v, **how).out, oracle(q, k, v, **how).out
+        self.compared.append(tuple(x.flatten() for x in found))
+
+    def crop(self, length):
+        for layer in range(LAYERS):
+            self.k[layer], self.v[layer] = (
+                self.k[layer][:, :, :length],
+                self.v[layer][:, :, :length],
+            )
+            for runner in self.both:
+                runner.crop(layer, length)
+        self.length = length
+
+    def reorder(self, rows):
+        index = torch.tensor(rows, device=self.device)
+        for layer in range(LAYERS):
+            self.k[layer] = self.k[layer].index_select(0, index)
+            self.v[layer] = self.v[layer].index_select(0, index)
+            for runner in self.both:
+                runner.reorder(layer, rows)
+
+    def clone(self):
+        self.exact, self.packed = self.exact.clone(), self.packed.clone()
+
+    def finish(self):
+        check(*(torch.cat(parts) for parts in zip(*self.compared, strict=True)))
+        for layer in range(LAYERS):
+            for values, stored in ((False, self.k), (True, self.v)):
+                found = self.packed.gather(layer, self.length, values=values)
+                assert torch.equal(found.view(torch.int16), stored[layer].view(torch.int16))
+        self.packed.close()
+        self.exact.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data):
+    batch = data.draw(st.integers(1, 2), label="batch")
+    pair = Pair(
+        device,
+        placement,
+        slot_bytes=data.draw(st.sampled_from([2**16, 2**18]), label="slot bytes"),
+        late=data.draw(st.booleans(), label="late copies"),
+        dims=data.draw(st.sampled_from([(16, 16), (32, 16), (16, 48)]), label="dims"),
+        heads=data.draw(st.integers(1, 3), label="heads"),
+        kind=data.draw(st.sampled_from(["normal", "mixed"]), label="kind"),
+        expected_tokens=data.draw(st.sampled_from([None, 2000]), label="expected tokens"),
+    )
+    # In place, runs of tokens are attended one by one, and without a length told they are cut
+    # elsewhere: another order of the same sums.
+    pair.same = placement != "in place" or pair.packed.settings.expected_tokens is not None
+    pair.forward(data.draw(st.sampled_from([1, 127, 128, 129, 300, 700]), label="prompt"), batch)
+    for _ in range(data.draw(st.integers(0, 6), label="steps")):
+        kind = data.draw(
+            st.sampled_from(["decode", "chunk", "crop", "reorder", "clone"]), label="what"
+        )
+        if kind == "decode":
+            for _ in range(data.draw(st.integers(1, 4), label="tokens")):
+                pair.forward(1, batch)
+        elif kind == "chunk":
+            pair.forward(data.draw(st.sampled_from([5, 64, 128, 257]), label="chunk"), batch)
+        elif kind == "clone":
+            pair.clone()
+        elif kind == "crop" and pair.length > 1:
+            pair.crop(data.draw(st.integers(1, pair.length), label="keep"))
+        elif kind == "reorder":
+            rows = data.draw(
+                st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"
+            )
+            pair.reorder(rows)
+            pair.same = pair.same and placement != "in place"
+            batch = len(rows)
+    pair.finish()
+
+
+def overflow_of(runner, dim=16):
+    (link,) = runner.links
+    return link.codec.overflow(dim)
+
+
+def ranges_of(runner):
+    return [heads for layer in runner.layers.values() for heads in layer.ranges]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", ["in place", "staged"])
+def test_three_quarters_are_stored_and_moved(device, placement):
+    pair = Pair(device, placement, expected_tokens=1280, heads=2, dims=(128, 128))
+    pair.forward(1024, 1)
+    before = pair.packed.stats()
+    pair.forward(1, 1)
+    pair.forward(127, 1)
+    expected = BlockLayout(128).slot_bytes / (2 * 128 * 128)
+    assert set(pair.packed.ratios()) == {0, 1}
+    assert all(ratio == expected for ratio in pair.packed.ratios().values())
+    assert pair.exact.ratios() == {}
+    stats = pair.packed.stats()
+    held = sum(heads.stored_bytes for heads in ranges_of(pair.packed))
+    stored = LAYERS * 2 * 2 * 1280 * 128 * 2 * expected
+    assert 0 <= held - stored <= LAYERS * 4 * 256  # extents are aligned
+    assert stats.host_bytes - held <= 40 * 2**20 * (1 if device == "cpu" else 2)
+    if stats.staging_bytes:
+        assert stats.written_bytes == stored / 10 * 9
+        assert stats.loaded_bytes - before.loaded_bytes <= 0.76 * (pair.exact.stats().loaded_bytes)
+    pair.finish()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", ["in place", "staged"])
+def test_blocks_that_do_not_compress_are_counted_and_their_overflow_comes_back(device, placement):
+    pair = Pair(device, placement, kind="mixed", dims=(16, 16))
+    ratios = []
+    for _ in range(6):
+        pair.forward(512, 1)
+        ratios.append(max(pair.packed.ratios().values()))
+        pair.crop(130)
+        overflow = overflow_of(pair.packed)
+        if pair.packed.links[0].staging_bytes:
+            pair.packed.links[0].engine.drain()
+        raw = sum(
+            int((slots[..., BlockLayout(16).header + 1] == 1).sum())
+            for heads in ranges_of(pair.packed)
+            for _, *both in heads._memory.segments.values()
+            for slots in (part[:, :, :1] for part in both)
+        )
+        assert overflow.used == raw
+    assert 0.8 < max(ratios) <= 1.02
+    pair.finish()
+    assert overflow.used == 0
+
+
+def forever(pair):
+    while True:
+        pair.forward(256, 1)
+
+
+def decode_slowly(pair):
+    for _ in range(3):
+        pair.forward(1, 1)
+        torch.cuda.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("placement", ["in place", "staged"])
+def test_what_compresses_badly_fills_the_budget_and_leaves_what_was_complete(placement):
+    # Room for the slots of 4,096 tokens, and for half as many raw blocks as there will be.
+    settings = {"expected_tokens": 4096, "host_bytes": 7_500_000}
+    pair = Pair("cpu", placement, kind="mixed", dims=(128, 128), slot_bytes=2**18)
+    pair.packed = make_runner("cpu", "lossless", placement, slot_bytes=2**18, **settings)
+    pair.same = False  # two plans
+    with pytest.raises(TierFull, match=r"compress badly: .* stored raw .*kv_format='exact'"):
+        forever(pair)
+    held = pair.length
+    assert held >= 1024
+    for layer in range(LAYERS):
+        for runner in pair.both:
+            runner.crop(layer, held)
+        pair.k[layer], pair.v[layer] = (x[layer][:, :, :held] for x in (pair.k, pair.v))
+    assert pair.packed.stats().host_bytes <= 7_500_000
+    pair.finish()
+
+
+@pytest.mark.parametrize("placement", ["in place", "staged", "near"])
+def test_a_damaged_block_is_an_error_that_names_it(placement):
+    pair = Pair("cpu", placement, dims=(64, 64))
+    pair.forward(512, 1)
+    pair.forward(1, 1)
+    for runner in pair.both:
+        for link in runner.links:
+            link.engine.drain()
+            link.settle()
+    heads = pair.packed.layers[1].ranges[0]
+    _, k, _ = next(iter(heads._memory.segments.values()))
+    k[1, 0, 2, BlockLayout(64).header] = 77
+    with pytest.raises(LosslessCorrupt, match="damaged"):
+        pair.forward(1, 1)
+
+
+@pytest.mark.gpu
+def test_a_damaged_block_on_a_gpu_is_an_error_of_a_later_pass():
+    pair = Pair("cuda", "staged", dims=(64, 64))
+    pair.forward(512, 1)
+    pair.forward(1, 1)
+    for link in pair.packed.links:
+        link.engine.drain()
+        link.settle()
+    heads = pair.packed.layers[1].ranges[0]
+    _, k, _ = next(iter(heads._memory.segments.values()))
+    k[1, 0, 2, BlockLayout(64).header] = 77
+    pair.same = False
+    with pytest.raises(LosslessCorrupt, match="layer 1 is damaged"):
+        decode_slowly(pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("placement", ["in place", "staged"])
+def test_what_cannot_be_packed_stays_exact(placement, dtype):
+    runner = make_runner("cpu", "lossless", placement)
+    k = torch.randn(1, 2, 300, 16).to(dtype)
+    runner.append(0, k, k)
+    assert not any(isinstance(heads, (PackedHeads, PackedInPlace)) for heads in ranges_of(runner))
+    assert torch.equal(runner.gather(0, 300, values=False), k)
+    odd = torch.randn(1, 2, 300, 24).bfloat16()
+    runner.append(1, odd, odd)
+    assert torch.equal(runner.gather(1, 300, values=True), odd)
+    assert runner.ratios() == {}
+
+
+@pytest.mark.skipif(native.why_absent() is not None, reason=str(native.why_absent()))
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_without_the_native_library_the_reference_packs(placement, monkeypatch):
+    monkeypatch.setattr(native, "why_absent", lambda: "it is not here")
+    pair = Pair("cpu", placement, kind="mixed", expected_tokens=2000)
+    pair.forward(300, 2)
+    for _ in range(3):
+        pair.forward(1, 2)
+    pair.crop(200)
+    pair.forward(100, 2)
+    pair.finish()
+
+
+def test_a_large_prompt_passes_a_small_buffer_head_by_head():
+    pair = Pair("cpu", "staged", heads=3, dims=(64, 64))
+    pair.packed.settings = pair.packed.settings.__class__(
+        **{
+            name: getattr(pair.packed.settings, name)
+            for name in pair.packed.settings.__slots__
+            if name != "write_bytes"
+        },
+        write_bytes=70_000,
+    )
+    pair.forward(700, 1)
+    pair.forward(130, 1)
+    pair.finish()
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_decoding_some_heads_at_a_time_is_the_same(without, monkeypatch):
+    if without:
+        monkeypatch.setattr("headinfer.totals.DECODED_BYTES", 1)
+    pair = Pair("cpu", "in place", heads=3, expected_tokens=1000)
+    pair.forward(300, 2)
+    pair.forward(100, 2)  # too many rows for the kernel that reads packed keys
+    pair.same = not without
+    pair.forward(70, 2)
+    pair.finish()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plan makes of the lossless format: when it chooses it, what it counts, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from headinfer.budget import GIB, MIB, MemoryBudget
+from headinfer.cost import decode_time, moved_bytes, offloaded_bytes
+from headinfer.errors import BudgetTooSmall
+from headinfer.geometry import Geometry, LayerGeometry, LayerKind
+from headinfer.options import Options
+from headinfer.packing import ratio_of, why_plain
+from headinfer.plan import make_plan
+from headinfer.rates import Rates
+
+FULL = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+LLAMA = Geometry((FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B", "bfloat16")
+RATES = Rates(
+    machine="made up",
+    dtype="bfloat16",
+    block_flops=600e12,
+    attention_flops={128: 600e12},
+    weight_bytes_s=3000e9,
+    resident_bytes_s=2500e9,
+    layer_s=0.5e-3,
+    token_s=1e-3,
+    h2d_bytes_s=53e9,
+    d2h_bytes_s=55e9,
+    near_bytes_s=108e9,
+)
+
+
+def planned(tokens, *, gpu="24", host=1000, geometry=LLAMA, device="cuda", **more):
+    budget = MemoryBudget(int(gpu) * GIB if device == "cuda" else None, int(host * GIB))
+    options = Options(budget=budget, expected_tokens=tokens, **more)
+    return make_plan(geometry, options, device=device)
+
+
+def test_a_million_tokens_fit_in_a_hundred_gib():
+    with pytest.raises(BudgetTooSmall, match="122"):
+        planned(1_000_000, host=100, kv_format="exact", resident_heads=0)
+    plan = planned(1_000_000, host=100, resident_heads=0)
+    assert plan.kv_format == "lossless"
+    slots = 32 * 8 * 2 * (1_000_000 // 128) * 24800
+    assert slots < plan.host_bytes <= slots * 1.012
+    assert plan.gpu_bytes <= 24 * GIB
+    assert plan.staging_bytes <= 256 * MIB
+    assert any("without loss in 75.7% of their bytes: as they are" in why for why in plan.reasons)
+
+
+def test_it_is_chosen_where_measured_rates_say_that_streaming_takes_longest():
+    assert planned(128 * 1024).kv_format == "exact"  # nothing was measured
+    assert planned(128 * 1024, rates=RATES).kv_format == "lossless"
+    assert planned(128 * 1024, rates=RATES, kv_format="exact").kv_format == "exact"
+    assert planned(128 * 1024, gpu=80, rates=RATES).kv_format == "exact"  # all of it is resident
+    assert planned(4096, gpu=24, rates=RATES, resident_heads=0).kv_format == "exact"
+
+
+def test_a_cpu_packs_only_for_room():
+    assert planned(128 * 1024, device="cpu").kv_format == "exact"
+    plan = planned(128 * 1024, device="cpu", host=14)
+    assert plan.kv_format == "lossless"
+    assert plan.host_bytes <= 14 * GIB
+    with pytest.raises(BudgetTooSmall, match="Raise host_memory to"):
+        planned(128 * 1024, device="cpu", host=12)
+
+
+def test_more_than_even_packed_ones_is_refused_with_a_remedy_that_works():
+    with pytest.raises(BudgetTooSmall) as caught:
+        planned(1_000_000, host=60, resident_heads=0)
+    enough = caught.value.needed_bytes / GIB
+    assert planned(1_000_000, host=enough, resident_heads=0).kv_format == "lossless"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ""])
+def test_other_types_stay_exact_and_say_so(dtype):
+    geometry = replace(LLAMA, dtype=dtype)
+    plan = planned(4096, geometry=geometry, kv_format="lossless", resident_heads=0)
+    assert plan.kv_format == "exact"
+    assert any("does not apply: keys and values are" in why for why in plan.reasons)
+    with pytest.raises(BudgetTooSmall):
+        planned(1_000_000, host=100, geometry=geometry, resident_heads=0)
+
+
+def test_layers_that_cannot_be_packed_are_counted_as_they_are():
+    odd = LayerGeometry(LayerKind.FULL, 8, 100, 100, 32)
+    mixed = replace(LLAMA, layers=(FULL, odd))
+    assert why_plain(mixed) is None
+    packed = 8 * 2 * 24800
+    plain = 8 * 2 * 100 * 2 * 128
+    whole = 8 * 2 * 128 * 2 * 128 + plain
+    assert ratio_of(mixed, "lossless") == pytest.approx((packed + plain) / whole)
+    assert ratio_of(mixed, "exact") == 1.0
+    plan = planned(128 * 1024, geometry=mixed, kv_format="lossless", resident_heads=0)
+    assert plan.ring_slot_bytes == plan.slot_bytes  # those layers' tiles need all of it
+    assert why_plain(replace(LLAMA, layers=(odd,))) is not None
+
+
+def test_fewer_bytes_move_and_a_step_is_predicted_faster():
+    both = [
+        planned(256 * 1024, kv_format=name, resident_heads=0, rates=RATES)
+        for name in ("exact", "lossless")
+    ]
+    exact, packed = (moved_bytes(plan, 256 * 1024) for plan in both)
+    assert exact == offloaded_bytes(both[0], 256 * 1024)
+    assert packed / exact == pytest.approx(193.75 / 256)
+    slow, quick = (decode_time(plan, RATES, length=256 * 1024).seconds for plan in both)
+    assert quick < 0.8 * slow

@@ -3,8 +3,8 @@
 
 Queries go down and partials come up, a few KiB a layer. On CUDA the native kernel is part of a
 stream's order, and nobody waits for it but the device. What that cannot do (rows that beams
-reordered, types without a native kernel) a thread does that waits for the queries. Which heads, and
-whether at all, is the runner's decision.
+reordered, types without a native kernel, keys on disk) a thread does that waits for the queries.
+Which heads, and whether at all, is the runner's decision.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from headinfer.attention.types import Partial
 from headinfer.heads import OffloadedHeads
 from headinfer.host_stream import Finished, HostJob, HostStream, why_no_host_functions
 from headinfer.layout import HeadGroup
+from headinfer.spill import DiskEngine
+from headinfer.spill.engine import DiskTicket
 from headinfer.totals import Query, Total
 from headinfer.transfer import CudaEngine, Ticket, TransferEngine
 
@@ -63,7 +65,8 @@ class NearData:
         self._buffers: dict[str, Tensor] = {}
         self._finished: list[Finished] = []
         self._stream: HostStream | None = None
-        if isinstance(engine, CudaEngine) and attention == AUTO and _native_in_streams():
+        moves = engine.inner if isinstance(engine, DiskEngine) else engine
+        if isinstance(moves, CudaEngine) and attention == AUTO and _native_in_streams():
             self._stream = HostStream(device)
 
     def start(
@@ -293,8 +296,13 @@ def _runs(
     heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
 ) -> list[KeyRun] | None:
     """The keys that all rows of `call` see, as they lie; None where the native library or the
-    order of the rows asks for more than that."""
-    if not heads.lies_in_order(length):
+    order of the rows asks for more than that, or where some are on disk.
+
+    The job begins when its stream gets there, so what is listed now has to be in memory until then.
+    """
+    if not heads.lies_in_order(length) or not heads.lies_in_memory(length):
+        return None
+    if isinstance(heads.last_write, DiskTicket):  # no event that a stream could wait for
         return None
     everything = 0, q.shape[2]
     found: list[KeyRun] = []

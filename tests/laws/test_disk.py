@@ -16,13 +16,15 @@ import textwrap
 import pytest
 import torch
 
+from headinfer.attention import native
 from headinfer.attention.masks import Causal
 from headinfer.errors import DiskError, TierFull
 from headinfer.layer import DiskSettings, RunnerSettings
 from headinfer.runner import Runner
 from headinfer.spill import queue_for
+from headinfer.spill.engine import DiskTicket
 from headinfer.testing.disks import Trouble
-from headinfer.testing.engines import DeferredEngine
+from headinfer.testing.engines import DeferredEngine, DeferredHostStream
 from headinfer.totals import Query
 
 LAYERS, HEADS, DIM = 3, 2, 16
@@ -169,6 +171,52 @@ def test_a_read_that_fails_beside_the_cpus_attention_is_named_too(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
     runner.close()
     calm.close()
+
+
+@pytest.mark.skipif(native.why_absent() is not None, reason=str(native.why_absent()))
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("host_blocks", [0, 8, 24, 100])
+def test_only_what_lies_in_memory_is_attended_in_the_order_of_a_stream(tmp_path, late, host_blocks):
+    """Such a job reads what was listed when it was given, whenever it comes to run."""
+    how = {"host_bytes": host_blocks * BLOCK, "near_share": 1.0, "late": late}
+    runner, plain = make(tmp_path, **how), make(tmp_path, **how)
+    random, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    forward(runner, random, 600)
+    forward(plain, other, 600)
+    (link,) = runner.links
+    link.near._stream = stream = DeferredHostStream(link.engine)
+    held = [heads for layer in runner.layers.values() for heads in layer.offloaded]
+    drain(runner)
+    for heads in held:  # as after reading a saved context: nothing was written
+        heads.last_write = link.engine.fence()
+    in_memory = sum(heads.lies_in_memory(heads.store.stored) for heads in held)
+    assert in_memory == {0: 0, 8: 1, 24: 3, 100: 3}[host_blocks]
+    read = runner.stats().disk_read_bytes
+    found = forward(runner, random, 1)
+    assert stream.given == in_memory
+    drain(runner)
+    assert (runner.stats().disk_read_bytes > read) == (in_memory < LAYERS)
+    expected = forward(plain, other, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert runner.stats().near_bytes == plain.stats().near_bytes
+    # Blocks become full and go to disk, what jobs read of memory stays; then tokens go. Where there
+    # is room, one segment holds all: two are merged in another order of sums.
+    for tokens in (1, 300 if host_blocks == 100 else 600, 1, 1):
+        found, expected = forward(runner, random, tokens), forward(plain, other, tokens)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for layer in range(LAYERS):
+        runner.crop(layer, 550)
+        plain.crop(layer, 550)
+    # What was written last went to disk: no stream can wait for that, even if it is cropped away.
+    waitable = [not isinstance(heads.last_write, DiskTicket) for heads in held]
+    assert [heads.lies_in_memory(512) for heads in held].count(True) == in_memory
+    assert sum(waitable) == {0: 0, 8: 0, 24: 0, 100: 3}[host_blocks]
+    before = stream.given
+    found, expected = forward(runner, random, 1), forward(plain, other, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert stream.given - before == sum(waitable)
+    runner.close()
+    plain.close()
 
 
 @pytest.mark.parametrize("kind", ["spill", "cpu"])

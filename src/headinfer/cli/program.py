@@ -98,7 +98,9 @@ def _line(error: Exception) -> str:
     return f"{kind}: {text} (unexpected: HEADINFER_DEBUG=1 shows where it happened)"
 
 
-_OPTION = re.compile(r"\b(gpu_memory|host_memory|chunk_tokens|on_unsupported)\b(=?)")
+_OPTION = re.compile(
+    r"\b(gpu_memory|host_memory|disk_memory|disk(?==)|chunk_tokens|on_unsupported)\b(=?)"
+)
 """Names of Python arguments in messages, where the command line has an option of that name."""
 
 

@@ -177,6 +177,13 @@ class OffloadedHeads:
         """Whether the stored part of [0, length) has its batch rows in today's order."""
         return all(run.row_map is None for run in self.store.runs(Span(0, length)))
 
+    def lies_in_memory(self, length: int) -> bool:
+        """Whether the stored part of [0, length) is in memory that may be read at any time until
+        something other than `append`: nothing of it is on disk, from where it would come piece by
+        piece through memory that is given up again."""
+        segments = self._memory.segments
+        return not any(segments[run.key][1].is_meta for run in self.store.runs(Span(0, length)))
+
     def in_place(self, group: HeadGroup, length: int) -> Iterator[Piece]:
         """The stored part of [0, length) of `group` as it lies in the tier, for a processor that
         reads it there; what is on disk, as it arrives. `last_write` has to be done."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from headinfer.attention.masks import Causal, MaskRecipe, PaddedCausal, Padding
+from headinfer.errors import DiskError
 from headinfer.hf.cache import HeadCache, HeadLayer
 from headinfer.hf.step import Call, CudaRecorder, Piece, Recorder, Step, StepRefused, activated
 
@@ -97,7 +98,7 @@ class StepGraphs:
             if not found.checked:
                 return self._check(found, kwargs, given, recipe, length)
         except (StepRefused, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, DiskError)):
                 raise
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
             self._go_back(cache, length)

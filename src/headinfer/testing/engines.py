@@ -2,7 +2,8 @@
 """Transfer engines that make a missing wait visible.
 
 `DeferredEngine` runs a copy at the last moment the contract allows: when somebody waits for it.
-`DelayedCudaEngine` lets each copy stream sleep for random times. Together with NaN-filled slots a
+`DelayedCudaEngine` lets each copy stream sleep for random times. `DeferredHostStream` runs a native
+job at its last moment. Together with NaN-filled slots a
 read that is not ordered after its copy gives NaN or stale bytes instead of luck.
 """
 
@@ -12,13 +13,17 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from headinfer.attention.native_job import NativeJob
+from headinfer.attention.types import Partial
 from headinfer.errors import TransferError
-from headinfer.transfer import Copy, CudaEngine, Lane, Ticket
+from headinfer.host_stream import Finished
+from headinfer.transfer import Copy, CudaEngine, Lane, Ticket, TransferEngine
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +91,67 @@ class DeferredEngine:
                 self.in_rate = nbytes / max(time.perf_counter() - started, 1e-9)
             first.done = True
             queue.popleft()
+
+
+@dataclass(eq=False, slots=True)
+class _HostJob:
+    found: Partial
+    job: NativeJob
+    nbytes: int
+    after: list[Ticket]
+    engine: TransferEngine
+    over: bool = False
+
+    def wait(self) -> None:
+        if not self.over:
+            for ticket in self.after:
+                self.engine.done(ticket, block=True)
+            self.job.run()
+            self.over = True
+
+
+class DeferredHostStream:
+    """Stands in for `headinfer.host_stream.HostStream` where there is no CUDA: a job runs when its
+    result is waited for, and all do on `drain`.
+
+    Attributes:
+        given: jobs so far.
+    """
+
+    def __init__(self, engine: TransferEngine) -> None:
+        self.given = 0
+        self._engine = engine
+        self._issued: list[_HostJob] = []
+
+    def submit(
+        self,
+        q: Tensor,
+        value_dim: int,
+        job_for: Callable[[Tensor, Partial], NativeJob],
+        *,
+        after: Sequence[Ticket],
+        nbytes: int,
+    ) -> _HostJob:
+        shape = q.shape[:3]
+        found = Partial(torch.full((*shape, value_dim), torch.nan), torch.full(shape, torch.nan))
+        job = job_for(q.clone(memory_format=torch.contiguous_format), found)
+        issued = _HostJob(found, job, nbytes, list(after), self._engine)
+        self._issued.append(issued)
+        self.given += 1
+        return issued
+
+    def finished(self) -> list[Finished]:
+        over = [job for job in self._issued if job.over]
+        self._issued = [job for job in self._issued if not job.over]
+        return [Finished(*job.job.times(), 0.0, job.nbytes) for job in over]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._issued)
+
+    def drain(self) -> None:
+        for job in self._issued:
+            job.wait()
 
 
 class DelayedCudaEngine(CudaEngine):

@@ -107,11 +107,20 @@ typedef struct headinfer_recode_args {
 
 HEADINFER_EXPORT int32_t headinfer_recode(headinfer_recode_args *args,
                                           const headinfer_packed *packed);
+// The keys and values of a call of a job in packed blocks, as headinfer_attend_packed has them;
+// tokens is 0 where they are plain.
+typedef struct headinfer_near_packed {
+  headinfer_packed k, v;
+  int64_t tokens;
+  int64_t damaged[4]; // written
+} headinfer_near_packed;
+
 // Attention over a context that lies in several runs: `calls`, at least one, agree in everything
 // but their keys, values and bias. One call writes to out and lse itself; the results of several go
 // wherever each call says and are merged into out and lse.
 typedef struct headinfer_near_job {
   const headinfer_attend_args *calls;
+  headinfer_near_packed *packed; // one for each call, or null
   float *out;  // [batch, kv_heads * q_per_kv, rows, value_dim], contiguous
   float *lse;  // [batch, kv_heads * q_per_kv, rows], contiguous
   double started, ended;  // written: seconds of the monotonic clock

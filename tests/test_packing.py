@@ -17,7 +17,9 @@ from headinfer.plan import make_plan
 from headinfer.rates import Rates
 
 FULL = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
-LLAMA = Geometry((FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B", "bfloat16")
+LLAMA = Geometry(
+    (FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B", dtype="bfloat16"
+)
 RATES = Rates(
     machine="made up",
     dtype="bfloat16",

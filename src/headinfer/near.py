@@ -10,7 +10,7 @@ Which heads, and whether at all, is the runner's decision.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from headinfer.attention import native
-from headinfer.attention.api import AUTO, spec_of
+from headinfer.attention.api import AUTO
 from headinfer.attention.masks import on_host
-from headinfer.attention.native_job import KeyRun, NativeJob
-from headinfer.attention.types import Partial
-from headinfer.heads import OffloadedHeads
+from headinfer.attention.native_job import KeyRun, NativeJob, PackedKeys
+from headinfer.attention.types import AttentionSpec, Partial
+from headinfer.heads import OffloadedHeads, PackedPiece, Piece
 from headinfer.host_stream import Finished, HostJob, HostStream, why_no_host_functions
 from headinfer.layout import HeadGroup
 from headinfer.spill import DiskEngine
@@ -135,7 +135,7 @@ class NearData:
     def _in_stream(
         self,
         stream: HostStream,
-        runs: Sequence[KeyRun],
+        runs: Sequence[KeyRun | PackedKeys],
         heads: OffloadedHeads,
         q: Tensor,
         call: Query,
@@ -294,7 +294,7 @@ def _native_in_streams() -> bool:
 
 def _runs(
     heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
-) -> list[KeyRun] | None:
+) -> list[KeyRun | PackedKeys] | None:
     """The keys that all rows of `call` see, as they lie; None where the native library or the
     order of the rows asks for more than that, or where some are on disk.
 
@@ -305,20 +305,35 @@ def _runs(
     if isinstance(heads.last_write, DiskTicket):  # no event that a stream could wait for
         return None
     everything = 0, q.shape[2]
-    found: list[KeyRun] = []
-    for piece in heads.in_place(group, length):
-        stop = piece.start + piece.k.shape[2]
+    found: list[KeyRun | PackedKeys] = []
+    pieces: Iterator[Piece | PackedPiece] = heads.in_place(group, length)
+    for piece in pieces:
+        stop = piece.stop if isinstance(piece, PackedPiece) else piece.start + piece.k.shape[2]
         for block in call.recipe.blocks(everything, (piece.start, stop)):
+            bias = block.bias
             if block.rows != everything or block.causal or block.window is not None:
                 return None
-            here = slice(block.keys[0] - piece.start, block.keys[1] - piece.start)
-            bias = block.bias
             if bias is not None and bias.shape[1] != 1:
                 return None
-            found.append(KeyRun(piece.k[:, :, here], piece.v[:, :, here], bias))
+            here = slice(block.keys[0] - piece.start, block.keys[1] - piece.start)
+            if not isinstance(piece, PackedPiece):
+                found.append(KeyRun(piece.k[:, :, here], piece.v[:, :, here], bias))
+            elif here.start or piece.tail is not None:  # would have to be decoded first
+                return None
+            else:
+                found.append(PackedKeys(piece.packed_k, piece.packed_v, here.stop, bias))
     if not found:
         return None
-    k, v = found[0].k, found[0].v
     biased = any(run.bias is not None for run in found)
-    spec = replace(spec_of(q, k, v, biased=biased, softcap=call.softcap is not None), device="cpu")
+    spec = AttentionSpec(
+        device="cpu",
+        dtype=q.dtype,
+        key_dim=q.shape[-1],
+        value_dim=call.value_dim,
+        q_per_kv=q.shape[1] // group.heads,
+        query_tokens=q.shape[2],
+        causal=False,
+        biased=biased,
+        softcap=call.softcap is not None,
+    )
     return None if native.NativeAttention().unsupported(spec) else found

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headinfer.attention import native
-from headinfer.attention.native_job import KeyRun, NativeJob
+from headinfer.attention import native, packed
+from headinfer.attention.native_job import KeyRun, NativeJob, PackedKeys
 from headinfer.attention.types import Partial
-from headinfer.errors import InputError
+from headinfer.blocks import BlockLayout
+from headinfer.errors import InputError, LosslessCorrupt
+from headinfer.formats.overflow import Overflow
 from headinfer.testing.numerics import check, eager, oracle
 
 ABSENT = native.why_absent()
@@ -130,3 +132,54 @@ def test_a_job_needs_runs_and_agreeing_shapes():
         NativeJob(q, [KeyRun(k, v[:, :, 1:])], place(q, 48), scale=1.0, softcap=None)
     with pytest.raises(InputError, match="0 threads"):
         NativeJob(q, [KeyRun(k, v)], place(q, 48), scale=1.0, softcap=None, num_threads=0)
+
+
+def packed_keys(k, v):
+    """k, v [1, h, s, d], whole blocks, as the lossless format stores them."""
+    found = []
+    for x in (k, v):
+        heads, tokens, dim = x.shape[1:]
+        layout = BlockLayout(dim)
+        overflow = Overflow(
+            dim, lambda n: torch.zeros(n, dtype=torch.uint8), torch.device("cpu"),
+            wait=lambda ticket, block: True,
+        )  # fmt: skip
+        blocks = tokens // 128
+        overflow.reserve(heads * blocks)
+        slots = torch.zeros((heads, 1, blocks, layout.slot_bytes), dtype=torch.uint8)
+        run = packed.PackedRun(slots, overflow)
+        packed.encode(x.transpose(0, 1).contiguous(), run)
+        found.append(run)
+    return found
+
+
+def test_packed_runs_have_the_bits_of_plain_ones():
+    q, k, v = make(torch.bfloat16, t=2, s=640, e=64)
+    v[0, 0, 130, :40] = torch.inf  # a block that is stored raw has to be found, too
+    first = PackedKeys(*packed_keys(k[:, :, :384], v[:, :, :384]), 384)
+    second = PackedKeys(*packed_keys(k[:, :, 384:], v[:, :, 384:]), 200)
+    plain = [KeyRun(k[:, :, :384], v[:, :, :384]), KeyRun(k[:, :, 384:584], v[:, :, 384:584])]
+    results = []
+    for runs in ([first, second], [first, plain[1]], plain):
+        found = place(q, 64)
+        NativeJob(q, runs, found, scale=0.125, softcap=None).run()
+        results.append(found)
+    for found in results[:2]:
+        assert torch.equal(found.out.nan_to_num(7.0), results[2].out.nan_to_num(7.0))
+        assert torch.equal(found.lse, results[2].lse)
+
+
+def test_a_damaged_block_of_any_run_is_named_and_leaves_nan():
+    q, k, v = make(torch.bfloat16, s=512, e=64)
+    runs = [
+        PackedKeys(*packed_keys(k[:, :, a:b], v[:, :, a:b]), b - a)
+        for a, b in ((0, 256), (256, 512))
+    ]
+    slots = runs[1].v.slots
+    slots[1, 0, 1, BlockLayout(64).header :] = 255
+    found = place(q, 64)
+    job = NativeJob(q, runs, found, scale=0.125, softcap=None)
+    job.run()
+    with pytest.raises(LosslessCorrupt, match="values are damaged: row 0, head 1, block 1"):
+        job.times()
+    assert bool(found.out.isnan().all())

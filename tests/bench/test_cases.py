@@ -28,7 +28,7 @@ def test_a_case_names_a_shape_and_contestants_that_exist() -> None:
         assert case.name == name
         assert not case.shape or case.shape in SHAPES
         assert set(case.contestants) <= set(KNOWN)
-        alone = (Mode.RATES, Mode.PINNING, Mode.KERNELS)
+        alone = (Mode.RATES, Mode.PINNING, Mode.KERNELS, Mode.PACKED)
         assert bool(case.contestants) == (case.mode not in alone)
         assert str(case)
     assert set(STYLES) == set(CONTESTANTS)

@@ -144,7 +144,7 @@ class Case {
     }
     auto out = block<float>(outputs_ * s_.value_dim);
     auto lse = block<float>(outputs_);
-    headinfer_near_job job{cut, out.get(), lse.get(), 0, 0, 3, -1};
+    headinfer_near_job job{cut, nullptr, out.get(), lse.get(), 0, 0, 3, -1};
     headinfer_near_run(&job);
     if (job.status != HEADINFER_OK || job.ended < job.started) return false;
     for (int64_t i = 0; i < outputs_ * s_.value_dim; ++i)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headinfer.attention import packed
 from headinfer.attention.native import (
     check_call,
     checked_threads,
@@ -21,10 +22,11 @@ from headinfer.attention.native import (
     raise_for,
     threads,
 )
+from headinfer.attention.packed import Packed, PackedRun
 from headinfer.attention.types import Partial
 from headinfer.errors import InputError
 
-_JOB = struct.Struct("@3P 2d 2i")
+_JOB = struct.Struct("@4P 2d 2i")
 """headinfer_near_job of native/headinfer_native.h."""
 
 
@@ -34,6 +36,24 @@ class KeyRun(NamedTuple):
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+
+
+class PackedKeys(NamedTuple):
+    """Keys and values of `keys` tokens in packed blocks, and the bias of all rows against them."""
+
+    k: PackedRun
+    v: PackedRun
+    keys: int
+    bias: Tensor | None = None
+
+
+class _NearPacked(ctypes.Structure):
+    _fields_ = (
+        ("k", Packed),
+        ("v", Packed),
+        ("tokens", ctypes.c_int64),
+        ("damaged", ctypes.c_int64 * 4),
+    )
 
 
 class NativeJob:
@@ -49,7 +69,7 @@ class NativeJob:
     def __init__(
         self,
         q: Tensor,
-        runs: Sequence[KeyRun],
+        runs: Sequence[KeyRun | PackedKeys],
         found: Partial,
         *,
         scale: float,
@@ -70,20 +90,28 @@ class NativeJob:
             raise InputError("a job of no runs has no result: give one run of keys or more")
         count = threads() if num_threads is None else checked_threads(num_threads)
         places, self._held = _places(found, len(runs))
-        packed = []
-        for run, place in zip(runs, places, strict=True):
+        calls, self._packed = [], (_NearPacked * len(runs))()
+        how: Any = {"scale": scale, "softcap": softcap, "num_threads": count}
+        for index, (run, place) in enumerate(zip(runs, places, strict=True)):
+            if isinstance(run, PackedKeys):
+                there = packed.pack_call(
+                    q, run.k, run.v, None, None, place, keys=run.keys, bias=run.bias, **how
+                )
+                calls.append(there.args)
+                mine = self._packed[index]
+                mine.k, mine.v, mine.tokens = there.k, there.v, there.tokens
+                mine.damaged[0] = -1  # written if a block of this run is damaged
+                self._held.extend(there.held)
+                continue
             check_call(q, run.k, run.v, run.bias)
-            call, held = pack_call(
-                q, run.k, run.v, place, scale=scale, bias=run.bias, softcap=softcap,
-                num_threads=count,
-            )  # fmt: skip
-            packed.append(call)
+            call, held = pack_call(q, run.k, run.v, place, bias=run.bias, **how)
+            calls.append(call)
             self._held.extend(held)
         self._held += [q, *found]
-        self._calls = ctypes.create_string_buffer(b"".join(packed))
+        self._calls = ctypes.create_string_buffer(b"".join(calls))
         job = _JOB.pack(
-            ctypes.addressof(self._calls), found.out.data_ptr(), found.lse.data_ptr(),
-            0.0, 0.0, len(runs), -1,
+            ctypes.addressof(self._calls), ctypes.addressof(self._packed),
+            found.out.data_ptr(), found.lse.data_ptr(), 0.0, 0.0, len(runs), -1,
         )  # fmt: skip
         self._job = ctypes.create_string_buffer(job)
         self.address = ctypes.addressof(self._job)
@@ -102,8 +130,14 @@ class NativeJob:
 
         Raises:
             InputError, MemoryError: the library refused a call; the result is NaN.
+            LosslessCorrupt: a packed block is damaged; the result is NaN.
         """
         *_, started, ended, _, status = _JOB.unpack(self._job.raw[: _JOB.size])
+        if status == packed.CORRUPT:
+            damaged = next(
+                part.damaged for part in self._packed if part.tokens and part.damaged[0] >= 0
+            )
+            packed.raise_damaged(list(damaged))
         raise_for(status, "attention near the data")
         return started, ended
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from headinfer.formats.lossless import BlockLayout
 from headinfer.formats.overflow import Overflow
 from headinfer.layout import BLOCK_TOKENS
 
-_CORRUPT = 8
+CORRUPT = 8
 _NO_ENTRIES = 9
 
 
@@ -39,6 +39,11 @@ class PackedRun(NamedTuple):
     row_map: tuple[int, ...] | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that attending it reads, overflow aside."""
+        return self.slots[:, 0].numel() * len(self.rows)
+
+    @property
     def dim(self) -> int:
         return self.overflow.layout.dim
 
@@ -47,7 +52,9 @@ class PackedRun(NamedTuple):
         return range(self.slots.shape[1]) if self.row_map is None else self.row_map
 
 
-class _Packed(ctypes.Structure):
+class Packed(ctypes.Structure):
+    """headinfer_packed of native/headinfer_native.h."""
+
     _fields_ = (
         ("slots", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
@@ -100,36 +107,81 @@ def attend(
     """
     library = native.loaded()
     count = native.threads() if num_threads is None else native.checked_threads(num_threads)
+    batch, heads, rows, _ = q.shape
+    found = Partial(torch.empty((batch, heads, rows, v.dim)), torch.empty((batch, heads, rows)))
+    call = pack_call(
+        q, k, v, tail_k, tail_v, found, keys=keys, scale=scale, bias=bias, softcap=softcap,
+        level=level, num_threads=count,
+    )  # fmt: skip
+    damaged = (ctypes.c_int64 * 4)()
+    status = library.headinfer_attend_packed(
+        call.args, ctypes.byref(call.k), ctypes.byref(call.v), call.tokens, damaged
+    )
+    if status == CORRUPT:
+        raise_damaged(list(damaged))
+    native.raise_for(status, f"attention of q {tuple(q.shape)} over {call.tokens:,} packed tokens")
+    return found
+
+
+class PackedCall(NamedTuple):
+    """A call of `attend` as the library takes it.
+
+    Attributes:
+        args: headinfer_attend_args.
+        k, v: headinfer_packed of `tokens` packed tokens.
+        held: must stay until the call is over.
+    """
+
+    args: bytes
+    k: Packed
+    v: Packed
+    tokens: int
+    held: list[Tensor]
+
+
+def pack_call(
+    q: Tensor,
+    k: PackedRun,
+    v: PackedRun,
+    tail_k: Tensor | None,
+    tail_v: Tensor | None,
+    found: Partial,
+    *,
+    keys: int,
+    scale: float,
+    num_threads: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    level: str | None = None,
+) -> PackedCall:
+    """A call of `attend` that writes to `found`, contiguous float32.
+
+    Raises:
+        InputError: shapes or types are not what the library takes.
+    """
     batch, heads, rows, key_dim = q.shape
     kv_heads, packed = k.slots.shape[0], k.slots.shape[2] * BLOCK_TOKENS
     _check_attend(q, k, v, tail_k, keys)
-    out, lse = torch.empty((batch, heads, rows, v.dim)), torch.empty((batch, heads, rows))
     bias, biased = native.checked_bias(bias, (batch, heads, rows, keys))
     none = (0, 0, 0)
-    call = native.CALL.pack(
+    args = native.CALL.pack(
         q.data_ptr(),
         0 if tail_k is None else tail_k.data_ptr(),
         0 if tail_v is None else tail_v.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        out.data_ptr(), lse.data_ptr(),
+        found.out.data_ptr(), found.lse.data_ptr(),
         batch, kv_heads, heads // kv_heads, rows, keys, key_dim, v.dim,
         *q.stride(),
         *(none if tail_k is None else tail_k.stride()[:3]),
         *(none if tail_v is None else tail_v.stride()[:3]),
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         scale, 0.0 if softcap is None else softcap,
-        native.TYPES[q.dtype], biased, 0, count, native.level_index(level),
+        native.TYPES[q.dtype], biased, 0, num_threads, native.level_index(level),
     )  # fmt: skip
-    damaged = (ctypes.c_int64 * 4)()
     packed_k, packed_v = _described(k), _described(v)
-    status = library.headinfer_attend_packed(
-        call, ctypes.byref(packed_k.record), ctypes.byref(packed_v.record), packed, damaged
-    )
-    if status == _CORRUPT:
-        which, row, head, block = damaged
-        raise _damaged("values" if which else "keys", row, head, block)
-    native.raise_for(status, f"attention of q {tuple(q.shape)} over {packed:,} packed tokens")
-    return Partial(out, lse)
+    held = [q, *found, k.slots, v.slots, *packed_k.held, *packed_v.held]
+    held += [x for x in (tail_k, tail_v, bias) if x is not None]
+    return PackedCall(args, packed_k.record, packed_v.record, packed, held)
 
 
 def encode(values: Tensor, run: PackedRun, *, level: str | None = None) -> None:
@@ -159,30 +211,31 @@ def decode(run: PackedRun, out: Tensor, *, verify: bool = False, level: str | No
     args.verify = verify
     described = _described(run)
     status = native.loaded().headinfer_recode(ctypes.byref(args), ctypes.byref(described.record))
-    if status == _CORRUPT:
+    if status == CORRUPT:
         _, row, head, block = args.damaged
         raise _damaged("keys or values", row, head, block)
     native.raise_for(status, f"decoding {tuple(run.slots.shape)}")
 
 
 class _Described(NamedTuple):
-    record: _Packed
-    rows: Tensor  # `record` points at it
+    record: Packed
+    held: tuple[Tensor, Tensor]  # what it points at
 
 
 def _described(run: PackedRun) -> _Described:
     step, overflow = run.slots.stride(1), run.overflow
     entries = overflow.entries  # before the table, which may grow meanwhile
+    table = overflow.table
     rows = torch.tensor([row * step for row in run.rows], dtype=torch.int64)
-    record = _Packed(
+    record = Packed(
         run.slots.data_ptr(),
         rows.data_ptr(),
-        overflow.table.data_ptr(),
+        table.data_ptr(),
         run.slots.stride(0),
         overflow.chunk_entries,
         entries,
     )
-    return _Described(record, rows)
+    return _Described(record, (rows, table))
 
 
 def _recode(values: Tensor, run: PackedRun, *, encode: bool, level: str | None) -> _Recode:
@@ -232,6 +285,12 @@ def _check_attend(q: Tensor, k: PackedRun, v: PackedRun, tail_k: Tensor | None, 
             f"{keys:,} keys: slots are {tuple(k.slots.shape)} and {tuple(v.slots.shape)}, and hold "
             f"{there:,} tokens with the tail"
         )
+
+
+def raise_damaged(damaged: Sequence[int]) -> NoReturn:
+    """Raise what `damaged` of headinfer_attend_packed says."""
+    which, row, head, block = damaged
+    raise _damaged("values" if which else "keys", row, head, block)
 
 
 def _damaged(what: str, row: int, head: int, block: int) -> LosslessCorrupt:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,29 @@ def test_a_plan_has_a_column_of_the_disk(headinfer: Program, tiny: str, tmp_path
     assert "keys and values on disk: " in result.out
     header = next(line for line in result.out.splitlines() if "first token" in line)
     assert header.split()[:5] == ["tokens", "fits", "GPU", "host", "disk"]
+    assert re.search(r"- disk: at most [\d.]+ [KMGT]iB, 98% of what is free in /", result.out)
+
+
+def test_times_for_a_named_gpu_have_the_disk_or_say_that_they_do_not(
+    headinfer: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headinfer.hf.remembered import remember_disk
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(geometry, "free_bytes", lambda folder: 2**40)
+    config = Path(__file__).parents[1] / "configs" / "llama-3-8b.json"
+    (tmp_path / "config.json").write_text(config.read_text())
+    asked = ("plan", str(tmp_path), "--tokens", "256K", "--gpu", "RTX 4090", "--ram", "16GiB",
+             "--disk", str(tmp_path))  # fmt: skip
+    unknown = headinfer(*asked)
+    assert "the times leave out reading" in unknown.err
+    remember_disk(str(tmp_path), read_bytes_s=2e9, write_bytes_s=1e9)
+    known = headinfer(*asked)
+    assert "the times leave out reading" not in known.err
+    assert "disk read rate" in known.out
+    last = json.loads(headinfer(*asked, "--json").out)["contexts"][-1]
+    assert last["decode_limit"] == "disk read rate"
+    assert last["predicted_itl_s"] > 0.5 * last["predicted_disk_bytes"] / 2e9
 
 
 def test_doctor_measures_a_disk(

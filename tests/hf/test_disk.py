@@ -18,6 +18,7 @@ from headinfer.errors import BudgetTooSmall, DiskError, InputError
 from headinfer.hf import geometry
 from headinfer.runner import Runner
 from headinfer.testing.disks import Trouble
+from headinfer.testing.graphs import TapeRecorder
 from headinfer.testing.zoo import ZOO
 
 ALL_ON_DISK = {"chunk_tokens": 64, "resident_heads": 0, "tile_bytes": 2**13, "num_slots": 3}
@@ -136,6 +137,27 @@ def test_whole_layers_are_read_from_disk_for_the_models_own_attention(
         assert generated(llama, ids, 8) == whole
         assert run.stats.disk_bytes > 0
         assert run.stats.host_bytes == 0
+
+
+def test_a_disk_that_fails_while_a_step_is_recorded_is_no_failed_recording(
+    llama: Any, ids: Tensor, trouble: Trouble, tmp_path: Path
+) -> None:
+    with headinfer.attach(llama, disk=tmp_path, **ALL_ON_DISK) as run, torch.inference_mode():
+        run.replay_with(TapeRecorder)
+        cache = run.new_cache()
+        llama(input_ids=ids, past_key_values=cache)
+        for link in cache.backing.runner.links:
+            link.drain()  # a write that begins or ends within a block reads it, and would be lost
+        trouble.read_code = errno.EIO
+        with pytest.raises(DiskError, match="Input/output error"):
+            llama(input_ids=ids[:, :1], past_key_values=cache)
+        assert run.graphs is not None
+        assert run.graphs.refused == ""
+        trouble.read_code = None
+        cache.crop(ids.shape[1])
+        for _ in range(4):
+            llama(input_ids=ids[:, :1], past_key_values=cache)
+        assert run.graphs.replayed > 0
 
 
 def test_no_space_is_told_before_anything_runs(

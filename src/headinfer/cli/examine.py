@@ -148,6 +148,11 @@ def show_plan(
         print_note(
             "no times: this machine was not measured yet; `headinfer doctor --probe` does it"
         )
+    elif plan.disk_bytes and found.rates is not None and not found.rates.disk_read_bytes_s:
+        print_note(
+            f"the times leave out reading {plan.disk}, whose rate was not measured yet; `headinfer "
+            f"doctor --disk {plan.disk}` does it"
+        )
     if found.refusal is not None:
         raise found.refusal
 

@@ -21,7 +21,7 @@ from headinfer.geometry import Geometry, Weights
 from headinfer.hf.attach import resolved_for
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.geometry import geometry_of
-from headinfer.hf.remembered import known_rates
+from headinfer.hf.remembered import known_rates, with_disk
 from headinfer.machines import machine_named
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan
@@ -153,6 +153,8 @@ def forecast(
     asked = replace(asked, budget_reasons=(*asked.budget_reasons, *notes))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     rates = machine.rates() if machine is not None else _known(device, dtype, asked.disk)
+    if machine is not None and rates is not None and asked.disk is not None:
+        rates = with_disk(rates, asked.disk)
     if machine is not None:  # whatever this machine lacks or was measured at says nothing of it
         asked = replace(asked, rates=rates, near_data=options.get("near_data"))
     geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)

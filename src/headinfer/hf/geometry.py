@@ -108,6 +108,11 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
     disk = budget.disk_bytes
     if options.disk is not None:
         free = int(free_bytes(options.disk) * DISK_SHARE)
+        if disk is None or disk > free:
+            notes.append(
+                f"disk: at most {format_bytes(free)}, {DISK_SHARE:.0%} of what is free in "
+                f"{options.disk}"
+            )
         disk = free if disk is None else min(disk, free)
     budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host, disk_bytes=disk)
     # What decides the chunk was measured in the type that models on a GPU have.

@@ -31,8 +31,11 @@ def known_rates(
     """The rates of this machine if they were measured before, and those of `disk`, a folder."""
     found = _read(_path(torch.device(device), dtype))
     rates = None if found is None else Rates.from_dict(found)
-    if rates is None or disk is None:
-        return rates
+    return rates if rates is None or disk is None else with_disk(rates, disk)
+
+
+def with_disk(rates: Rates, disk: str) -> Rates:
+    """`rates` with those of the folder `disk`, None where it was not measured."""
     there = _read(_disk_path(disk)) or {}
     read, write = there.get("read_bytes_s"), there.get("write_bytes_s")
     return replace(rates, disk_read_bytes_s=read, disk_write_bytes_s=write)

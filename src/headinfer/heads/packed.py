@@ -358,7 +358,9 @@ class PackedInPlace:
             start = crop.reload.start
             found = next(piece for piece in pieces if piece.stop >= crop.length)
             part = found.plain(start - found.start, crop.length - found.start)
-            for tail, mine in zip(self._tail_buffers(self.store.batch), (part.k, part.v), strict=True):
+            for tail, mine in zip(
+                self._tail_buffers(self.store.batch), (part.k, part.v), strict=True
+            ):
                 tail[:, :, : crop.reload.tokens].copy_(mine)
         entries = self._memory.entries(_dropped(self.store, crop))
         self.store.commit_crop(crop)

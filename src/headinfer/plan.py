@@ -26,7 +26,7 @@ from headinfer.footprint import (
     unpacked_bytes,
     write_buffer_bytes,
 )
-from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerKind
+from headinfer.geometry import EXACT, LOSSLESS, Geometry
 from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
 from headinfer.options import Options
 from headinfer.packing import (
@@ -65,7 +65,7 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
 
 def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
     """The plan in the format asked for; else as plain bytes, unless packed ones fit where these do
-    not, or are predicted to be faster."""
+    not."""
     exact = replace(options, kv_format=EXACT.name)
     packed = replace(options, kv_format=LOSSLESS.name)
     if options.disk is not None:
@@ -81,38 +81,27 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
     if why_plain(geometry) is not None:
         return _plan(geometry, exact, device, batch)
     try:
-        plan = _plan(geometry, exact, device, batch)
+        return _plan(geometry, exact, device, batch)
     except BudgetTooSmall as too_small:
         if too_small.tier != "host":
             raise
         needed = format_bytes(too_small.needed_bytes)
         why = f"as they are they would need {needed}, which the host budget does not allow"
-        return _with_format_reason(_plan(geometry, packed, device, batch), why)
-    if not _streams_longest(plan, options):
-        return plan
-    why = "streaming them takes longest in decode (measured rates)"
-    return _with_format_reason(_plan(geometry, packed, device, batch), why)
+        found = _with_format_reason(_plan(geometry, packed, device, batch), why)
+        if device == "cpu":
+            return found
+        # No GPU has run the packed format yet: it is offered, not taken.
+        raise BudgetTooSmall(
+            f"{too_small}, or store them without loss in {format_bytes(found.host_bytes)} with "
+            "kv_format='lossless'",
+            tier=too_small.tier,
+            budget_bytes=too_small.budget_bytes,
+            needed_bytes=too_small.needed_bytes,
+        ) from too_small
 
 
 def _plan(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
     return (_cpu_plan if device == "cpu" else _gpu_plan)(geometry, options, batch)
-
-
-def _streams_longest(plan: Plan, options: Options) -> bool:
-    """Whether bringing the offloaded keys of a step takes longer than launching it: what makes
-    fewer bytes a faster step. Without measured rates that is not known."""
-    rates, tokens, geometry = options.rates, plan.expected_tokens, plan.geometry
-    if rates is None or not rates.h2d_bytes_s or tokens is None or not plan.staging:
-        return False
-    if plan.device != "cuda" or not plan.offloaded_heads:
-        return False
-    offloaded = sum(
-        plan.batch * (layer.num_kv_heads - resident) * layer.head_bytes(tokens, geometry.itemsize)
-        for layer, resident in zip(geometry.layers, plan.resident_heads, strict=True)
-        if layer.kind is LayerKind.FULL
-    )
-    launching = len(geometry.layers) * rates.layer_s + rates.token_s
-    return offloaded / rates.h2d_bytes_s > launching
 
 
 def _with_format_reason(plan: Plan, why: str) -> Plan:

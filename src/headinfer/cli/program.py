@@ -99,7 +99,7 @@ def _line(error: Exception) -> str:
 
 
 _OPTION = re.compile(
-    r"\b(gpu_memory|host_memory|disk_memory|disk(?==)|chunk_tokens|on_unsupported)\b(=?)"
+    r"\b(gpu_memory|host_memory|disk_memory|disk(?==)|chunk_tokens|on_unsupported|kv_format)\b(=?)"
 )
 """Names of Python arguments in messages, where the command line has an option of that name."""
 

@@ -110,7 +110,7 @@ def measure(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any
             fill_s = fill(model, cache, given.tokens)
             for _ in range(5):  # the share of the CPU settles, the order of layers is known
                 timed(model, cache, step)
-        disk = cache.backing.runner._disk
+        disk = cache.backing.runner._provision.disk
         raw_best = max(RAW, key=lambda how: raw_rate(disk, *how)) if disk else None
         steps, raws, queued = [], [], []
         for _ in range(given.rounds):

@@ -16,14 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
-from headinfer.formats import format_named
-from headinfer.formats.lossless import why_not
-from headinfer.geometry import EXACT
 from headinfer.heads import (
-    Codec,
     DirectHeads,
     KVShape,
     OffloadedHeads,
@@ -33,12 +28,12 @@ from headinfer.heads import (
     SavedLayer,
     of_group,
 )
-from headinfer.layer import DiskSettings, Layer, RunnerSettings, Stats, check_fits
+from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
 from headinfer.near import host_query
-from headinfer.spill import DiskEngine, SpillTier, queue_for
-from headinfer.tiers import DeviceTier, DiskTier, HostTier, Tier
+from headinfer.provision import Provision
+from headinfer.spill import DiskEngine, queue_for
 from headinfer.tiers.disk import QueueFactory
 from headinfer.totals import Query, Total
 from headinfer.transfer import Copy, Ticket, TransferEngine
@@ -69,13 +64,10 @@ class Runner:
         disk_queue: QueueFactory = queue_for,
     ) -> None:
         self.settings = settings
-        self._disk_queue = disk_queue
         self.layers: dict[int, Layer] = {}
         self._engine_for = engine or default_engine
         self._links: dict[torch.device, Link] = {}
-        self._host: HostTier | None = None
-        self._disk: DiskTier | None = None
-        self._device_tiers: dict[torch.device, DeviceTier] = {}
+        self._provision = Provision(settings, disk_queue)
         self._balance = Balance(settings.near_share, settings.near_adapts)
         self._near_now = False
         self._current: Layer | None = None
@@ -101,8 +93,8 @@ class Runner:
         self._forget_recent()
         self._current = layer
         before = layer.length
-        if k.shape[2] == 1 and self._host is not None and self.settings.expected_tokens is None:
-            self._host.forget_ready()  # the prompt is over: no more chunks like the last one
+        if k.shape[2] == 1 and self.settings.expected_tokens is None:
+            self._provision.prompt_is_over()
         try:
             for place in range(len(layer.ranges)):
                 self._append_to(layer, place, k, v)
@@ -146,9 +138,11 @@ class Runner:
             found: tuple[Tensor, Tensor] | None = heads.restore(saved)
             return found
         except TierFull as full:
-            if isinstance(heads, OffloadedHeads) or full.tier != self._resident_tier:
+            if isinstance(heads, OffloadedHeads) or full.tier != self._provision.resident_tier:
                 raise
-        below = layer.ranges[place] = self._offloaded(layer, heads.heads)
+        below = layer.ranges[place] = self._provision.offloaded(
+            layer, heads.heads, self._links[layer.device]
+        )
         self.demoted_heads += heads.heads.heads
         return below.restore(saved)
 
@@ -161,7 +155,7 @@ class Runner:
         try:
             heads.append(k[:, mine], v[:, mine])
         except TierFull as full:
-            if full.tier != self._resident_tier or not isinstance(heads, DirectHeads):
+            if full.tier != self._provision.resident_tier or not isinstance(heads, DirectHeads):
                 raise
             below = self._demote(layer, place, heads)
             below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
@@ -169,7 +163,7 @@ class Runner:
     def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
         """Resident heads go a tier down, and stay there; takes as long as copying them."""
         self.before_change()
-        below = self._offloaded(layer, heads.heads)
+        below = self._provision.offloaded(layer, heads.heads, self._links[layer.device])
         try:
             step = DEMOTED_TOKENS if isinstance(below, PackedHeads) else 2**62
             for piece in heads.pieces(heads.store.length):
@@ -346,12 +340,12 @@ class Runner:
 
     def clone(self) -> Runner:
         """An independent copy of everything stored."""
-        twin = Runner(self.settings, engine=self._engine_for, disk_queue=self._disk_queue)
+        twin = Runner(self.settings, engine=self._engine_for, disk_queue=self._provision.disk_queue)
         for index, layer in self.layers.items():
             twin._prepare_device(layer.device)
             link = twin._links[layer.device]
             ranges = [
-                heads.clone(twin._tier(heads, layer.device), link.engine, link.codec)
+                heads.clone(twin._provision.tier_of(heads, layer.device), link.engine, link.codec)
                 for heads in layer.ranges
             ]
             twin.layers[index] = Layer(index, layer.shape, layer.device, ranges)
@@ -364,14 +358,7 @@ class Runner:
         for link in self._links.values():
             link.close()
         self._links.clear()
-        if self._host is not None:
-            self._host.close()
-        if self._disk is not None:
-            self._disk.close()
-        for tier in self._device_tiers.values():
-            tier.close()
-        self._host = self._disk = None
-        self._device_tiers.clear()
+        self._provision.close()
 
     def __del__(self) -> None:
         # Tiles staged for a pass that never came may be on their way into slots whose memory is
@@ -397,13 +384,7 @@ class Runner:
                     found.written_bytes += heads.written_bytes
                     found.near_heads += heads.near_heads
         found.demoted_heads = self.demoted_heads
-        if self._host is not None:
-            found.host_bytes = self._host.used_bytes
-        if self._disk is not None:
-            found.disk_bytes = self._disk.used_bytes
-            found.disk_read_bytes = self._disk.read_bytes
-            found.disk_written_bytes = self._disk.written_bytes
-        found.resident_bytes = sum(tier.used_bytes for tier in self._device_tiers.values())
+        self._provision.count(found)
         return found
 
     def ratios(self) -> dict[int, float]:
@@ -429,7 +410,7 @@ class Runner:
     @property
     def pin_failure(self) -> str | None:
         """Why host memory could not be page-locked; None when it is, or need not be."""
-        return None if self._host is None else self._host.pin_failure
+        return self._provision.pin_failure
 
     def _settle(self) -> None:
         """What is stored is about to change other than by appending."""
@@ -459,75 +440,19 @@ class Runner:
 
     def _new_layer(self, index: int, shape: KVShape, device: torch.device) -> Layer:
         self._prepare_device(device)
-        settings, count = self.settings, shape.num_kv_heads
-        resident = count
-        if settings.staging:
-            planned = settings.resident_heads
-            resident = min(planned[index] if index < len(planned) else 0, count)
-        ranges: list[DirectHeads | OffloadedHeads | PackedInPlace] = []
-        codec = self._codec(shape, device)
-        if resident and codec is not None and not settings.staging:
-            group = HeadGroup(0, resident)
-            ranges.append(
-                PackedInPlace(
-                    self._host_tier(),
-                    shape,
-                    group,
-                    codec=codec,
-                    expected_tokens=settings.expected_tokens,
-                )
-            )
-        elif resident:
-            ranges.append(
-                DirectHeads(
-                    self._resident_tier_of(device),
-                    shape,
-                    HeadGroup(0, resident),
-                    expected_tokens=settings.expected_tokens,
-                )
-            )
-        layer = Layer(index, shape, device, ranges)
-        if resident < count:
-            ranges.append(self._offloaded(layer, HeadGroup(resident, count)))
+        layer = self._provision.layer(index, shape, self._links[device])
         self._share_out(layer)
         return layer
-
-    def _codec(self, shape: KVShape, device: torch.device) -> Codec | None:
-        """What packs a layer's blocks; None where they stay plain."""
-        unfit = why_not(shape.dtype, shape.key_dim, shape.value_dim)
-        return self._links[device].codec if unfit is None else None
-
-    def _offloaded(self, layer: Layer, heads: HeadGroup) -> OffloadedHeads:
-        codec = self._codec(layer.shape, layer.device)
-        if codec is not None:
-            return PackedHeads(
-                self._host_tier(),
-                layer.shape,
-                heads,
-                engine=self._links[layer.device].engine,
-                device=layer.device,
-                codec=codec,
-                expected_tokens=self.settings.expected_tokens,
-            )
-        return OffloadedHeads(
-            self._offloaded_tier(),
-            layer.shape,
-            heads,
-            engine=self._links[layer.device].engine,
-            device=layer.device,
-            fmt=format_named(EXACT.name),
-            expected_tokens=self.settings.expected_tokens,
-            layer=layer.index,
-        )
 
     def _prepare_device(self, device: torch.device) -> None:
         """Streams and buffers, once per compute device and never again."""
         if device not in self._links:
+            self._provision.pin |= device.type == "cuda"
             engine = self._engine_for(device)
             if self.settings.disk is not None:
                 engine = DiskEngine(
                     engine,
-                    self._disk_tier(self.settings.disk),
+                    self._provision.disk_for(self.settings.disk),
                     pin=device.type == "cuda",
                     slot_bytes=self.settings.slot_bytes,
                     num_slots=self.settings.num_slots,
@@ -538,7 +463,7 @@ class Runner:
                 engine,
                 _weakly(self._load),
                 _weakly(self._tiles_of_layer),
-                _weakly(self._host_tier),
+                self._provision.host,
             )
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
@@ -569,61 +494,6 @@ class Runner:
             token_bytes=layer.shape.token_bytes(max(heads.store.batch, 1)),
             epoch=heads.store.epoch,
         )
-
-    def _tier(
-        self, heads: DirectHeads | OffloadedHeads | PackedInPlace, device: torch.device
-    ) -> Tier:
-        if isinstance(heads, DirectHeads):
-            return self._resident_tier_of(device)
-        return self._offloaded_tier()
-
-    @property
-    def _resident_tier(self) -> str:
-        """Name of the tier whose heads are demoted when it is full; empty if there is none below."""
-        if not self.settings.staging:
-            return ""
-        return HostTier.name if self.settings.host_computes else DeviceTier.name
-
-    def _resident_tier_of(self, device: torch.device) -> HostTier | DeviceTier:
-        """Where compute reads in place: host memory itself if the CPU computes."""
-        if self.settings.staging and not self.settings.host_computes:
-            return self._device_tier(device)
-        return self._host_tier()
-
-    def _offloaded_tier(self) -> Tier:
-        disk = self.settings.disk
-        if disk is None:
-            return self._host_tier()
-        if self.settings.host_computes:
-            return self._disk_tier(disk)
-        return SpillTier(self._host_tier(), self._disk_tier(disk))
-
-    def _disk_tier(self, wanted: DiskSettings) -> DiskTier:
-        if self._disk is None:
-            self._disk = DiskTier(
-                wanted.folder,
-                budget_bytes=wanted.budget_bytes,
-                planned_bytes=wanted.planned_bytes,
-                queue=self._disk_queue,
-            )
-        return self._disk
-
-    def _host_tier(self) -> HostTier:
-        if self._host is None:
-            pin = any(device.type == "cuda" for device in self._links)
-            self._host = HostTier(
-                budget_bytes=self.settings.host_bytes,
-                pin=pin,
-                wanted_bytes=self.settings.wanted_bytes,
-                touch=native.touch if native.why_absent() is None else None,
-            )
-        return self._host
-
-    def _device_tier(self, device: torch.device) -> DeviceTier:
-        if device not in self._device_tiers:
-            limit = self.settings.resident_bytes
-            self._device_tiers[device] = DeviceTier(device, limit)
-        return self._device_tiers[device]
 
 
 class Unfilled(NamedTuple):

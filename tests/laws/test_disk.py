@@ -265,7 +265,7 @@ def test_what_was_not_written_cannot_be_read(tmp_path):
 def test_a_file_cut_short_under_the_native_queue_is_found(tmp_path):
     runner = make(tmp_path, kind="cpu")
     history(runner)
-    os.ftruncate(runner._disk._descriptor, 8192)
+    os.ftruncate(runner._provision.disk._descriptor, 8192)
     with pytest.raises(DiskError, match="the file ends there") as caught:
         forward(runner, torch.Generator().manual_seed(9), 1)
     assert caught.value.code == 0

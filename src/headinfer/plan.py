@@ -87,10 +87,13 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
             raise
         needed = format_bytes(too_small.needed_bytes)
         why = f"as they are they would need {needed}, which the host budget does not allow"
-        found = _with_format_reason(_plan(geometry, packed, device, batch), why)
         if device == "cpu":
-            return found
+            return _with_format_reason(_plan(geometry, packed, device, batch), why)
         # No GPU has run the packed format yet: it is offered, not taken.
+        try:
+            found = _plan(geometry, packed, device, batch)
+        except BudgetTooSmall:
+            raise too_small from None
         raise BudgetTooSmall(
             f"{too_small}, or store them without loss in {format_bytes(found.host_bytes)} with "
             "kv_format='lossless'",

@@ -114,7 +114,8 @@ def test_what_could_not_be_written_never_answers(
         trouble.write_code = None
         cache = run.cache
         assert cache is not None
-        # The error names what shares a page of the file; whole tokens before it may be complete.
+        # Under load the length kept was once seen beyond the tokens that the error names, for a
+        # reason not yet known: what is held here is that the answer is the right one.
         assert caught.value.start < 420
         assert cache.crop_to_complete() < 420
         assert generated(llama, ids, 12, past_key_values=cache) == whole

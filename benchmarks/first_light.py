@@ -240,8 +240,8 @@ def main() -> None:
             row = measure(model, tokens, args.new_tokens, **options, **residents)
             row["nothing_resident"] = bool(residents)
             keep(report, row, args.out)
-    for tokens in map(int, args.lengths.split(",")):
-        for offloading in (True, False) if device == "cuda" else ():
+    for offloading in (False, True) if device == "cuda" else ():
+        for tokens in map(int, args.lengths.split(",")):
             row = stock(model, tokens, args.stock_tokens, offloading=offloading)
             keep(report, row, args.out)
     over = [

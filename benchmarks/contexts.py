@@ -26,6 +26,7 @@ import transformers
 
 import headinfer
 from headinfer.hf import contexts
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.load import load_model
 from headinfer.snapshot import ContextWriter
 
@@ -114,7 +115,7 @@ def _ask(model: Any, folder: Path, ids: torch.Tensor, question: torch.Tensor) ->
     model.generate(
         input_ids=full,
         attention_mask=torch.ones_like(full),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=1,
         do_sample=False,
         pad_token_id=0,

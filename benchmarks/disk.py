@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headinfer
 from headinfer.budget import MIB, parse_bytes
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.peak import PeakMemory
 from headinfer.hf.remembered import machine_name
 from headinfer.tiers.disk_queue import Op
@@ -188,7 +189,7 @@ def timed(
 ) -> dict[str, float]:
     """One decode step: its seconds, and the bytes it read from disk."""
     before, started = cache.stats().disk_read_bytes, time.perf_counter()
-    model(step, past_key_values=cache).logits.float().sum().item()  # waits for the device
+    model(step, **cache_argument(model, cache)).logits.float().sum().item()  # waits for the device
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "disk_bytes": cache.stats().disk_read_bytes - before}
 

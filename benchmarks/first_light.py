@@ -27,6 +27,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCr
 
 import headinfer
 from headinfer.budget import GIB, format_bytes, parse_bytes
+from headinfer.hf.cache_name import cache_argument
 from headinfer.testing.numerics import within_rule
 
 CHUNK_TOKENS = 8192
@@ -129,7 +130,7 @@ def stock(model: LlamaForCausalLM, tokens: int, new: int, *, offloading: bool) -
     try:
         model.generate(
             prompt,
-            past_key_values=DynamicCache(config=model.config, offloading=offloading),
+            **cache_argument(model, DynamicCache(config=model.config, offloading=offloading)),
             prefill_chunk_size=CHUNK_TOKENS,
             max_new_tokens=new,
             min_new_tokens=new,
@@ -196,7 +197,7 @@ def exactness(config: LlamaConfig, device: str, tokens: int, chunk: int) -> dict
 @torch.no_grad()
 def prefill(model: LlamaForCausalLM, prompt: Tensor, cache: Any, chunk: int) -> Tensor:
     for part in prompt.split(chunk, dim=1):
-        output = model(part, past_key_values=cache, use_cache=True, logits_to_keep=64)
+        output = model(part, use_cache=True, logits_to_keep=64, **cache_argument(model, cache))
     return output.logits.float().cpu()
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from headinfer.formats.lossless import BlockLayout, encode, why_not
+from headinfer.hf.cache_name import cache_returned
 from headinfer.hf.load import load_model
 
 BLOCKS = (32, 64, 128, 256, 512)
@@ -100,7 +101,7 @@ def keys_and_values(name: str, tokens: int) -> tuple[str, list[dict[str, Tensor]
         if path.endswith("self_attn.k_proj")
     ]
     model.set_attn_implementation("sdpa")
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_returned(model(ids, use_cache=True, logits_to_keep=1))
     for hook in hooks:
         hook.remove()
     layers = []

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.simulate import simulate_context
 
 
@@ -32,7 +33,7 @@ def passes(model: Any, cache: Any, new: int, count: int) -> float:
     torch.cuda.synchronize()  # noqa: TID251  a clock has to see finished work
     start = time.perf_counter()
     for _ in range(count):
-        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
     torch.cuda.synchronize()  # noqa: TID251
     return (time.perf_counter() - start) / count
 

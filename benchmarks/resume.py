@@ -26,6 +26,7 @@ import transformers
 
 import headinfer
 from headinfer.hf import contexts
+from headinfer.hf.cache_name import cache_given
 from headinfer.hf.load import load_model
 from headinfer.hf.remembered import machine_name
 from headinfer.snapshot import Context, ContextWriter, exists
@@ -164,7 +165,7 @@ class Steps:
         self._began = time.process_time()
 
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        tokens = kwargs["past_key_values"].get_seq_length()
+        tokens = cache_given(kwargs).get_seq_length()
         self._tell(tokens, pass_s=time.process_time() - self._began)
         durable = bool(self.writers) and self.writers[0].manifest.tokens
         if self.stop is not None and tokens >= self.stop and durable:

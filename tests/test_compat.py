@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import headinfer
 from headinfer.cache import OffloadedCache
 from headinfer.hf.cache import HeadLayer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.mp import mp_headinfer, mp_simulate_decode
 from headinfer.testing.folders import write_tiny_llama
 from headinfer.testing.zoo import REFUSED, ZOO
@@ -40,11 +41,11 @@ def chunks(model: Any, cache: Any, ids: Tensor, sizes: tuple[int, ...], **more: 
         for size in sizes:
             out = model(
                 input_ids=ids[:, start : start + size],
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(model, cache),
                 **more,
             )
-            cache = out.past_key_values
+            cache = cache_returned(out)
             found.append(out.logits[:, -1])
             start += size
     return torch.stack(found)
@@ -73,9 +74,9 @@ def test_the_published_snippet_runs(family: str) -> None:
             use_cache=True,
             num_logits_to_keep=1,
         )
-    assert outputs.past_key_values is past_key_values
+    assert cache_returned(outputs) is past_key_values
     assert outputs.logits.shape[1] == 1
-    rest = chunks(model, outputs.past_key_values, ids[:, 80:], sizes[1:], num_logits_to_keep=1)
+    rest = chunks(model, past_key_values, ids[:, 80:], sizes[1:], num_logits_to_keep=1)
     found = torch.cat([outputs.logits[:, -1][None], rest])
     assert (found - expected).abs().max() <= BOUND * expected.abs().max()
     assert past_key_values.get_seq_length() == 180
@@ -105,7 +106,7 @@ def test_generate_takes_the_published_cache() -> None:
     expected = model.generate(ids, **given)
     mp_headinfer(model, chunk_tokens=32)
     past = published_cache()
-    assert model.generate(ids, past_key_values=past, **given).tolist() == expected.tolist()
+    assert model.generate(ids, **cache_argument(model, past), **given).tolist() == expected.tolist()
     assert past.get_seq_length() == 188
 
 

@@ -51,6 +51,8 @@ class RunnerSettings:
         near_share: of the offloaded heads, the share the CPU attends in passes of few tokens.
         near_adapts: that share follows what ends last, the CPU or the stream.
         disk: takes what the host budget does not; None for no disk.
+        at_once: all layers are on one compute device, which may give memory to their resident heads
+            before the first of them is computed.
         host_computes: with a disk, heads attended in host memory are resident ones, and offloaded
             heads lie on disk: the compute device is the CPU.
         poison: NaN-fill staging slots on release (for tests).
@@ -71,6 +73,7 @@ class RunnerSettings:
     near_adapts: bool = False
     disk: DiskSettings | None = None
     host_computes: bool = False
+    at_once: bool = False
     ring_slot_bytes: int = 0
     poison: bool = False
 

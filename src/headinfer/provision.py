@@ -18,6 +18,7 @@ from headinfer.heads import (
     OffloadedHeads,
     PackedHeads,
     PackedInPlace,
+    extent_sizes,
 )
 from headinfer.layer import DiskSettings, Layer, RunnerSettings, Stats
 from headinfer.layout import HeadGroup
@@ -63,6 +64,18 @@ class Provision:
         if resident < count:
             ranges.append(self.offloaded(layer, HeadGroup(resident, count), link))
         return layer
+
+    def take_at_once(self, shape: KVShape, batch: int, device: torch.device) -> None:
+        """Resident heads of all layers have their memory, if all are like this one; else their
+        memory is taken layer by layer."""
+        settings = self.settings
+        tokens, planned = settings.expected_tokens, settings.resident_heads
+        if not (settings.at_once and settings.staging and tokens and any(planned)):
+            return
+        tier = self._resident_tier_of(device)
+        if isinstance(tier, DeviceTier):
+            counts = (min(heads, shape.num_kv_heads) for heads in planned if heads)
+            tier.take(sum(extent_sizes(shape, count, batch, tokens)) for count in counts)
 
     def offloaded(self, layer: Layer, heads: HeadGroup, link: Link) -> OffloadedHeads:
         """Heads of `layer` that do not stay where compute reads."""

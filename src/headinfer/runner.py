@@ -88,6 +88,8 @@ class Runner:
         layer = self.layers.get(index)
         if layer is None:
             shape = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
+            if not self.layers:
+                self._provision.take_at_once(shape, k.shape[0], k.device)
             layer = self.layers[index] = self._new_layer(index, shape, k.device)
         check_fits(layer, k, v)
         self._forget_recent()

@@ -17,6 +17,7 @@ from headinfer.bench.contestants import Ground, NotAvailable, clean, enter, own_
 from headinfer.bench.models import build
 from headinfer.bench.shapes import SHAPES
 from headinfer.errors import InputError
+from headinfer.hf.cache_name import cache_argument
 
 PROMPT, NEW, CHUNK = 75, 6, 32
 SHAPE_NAMES = ["tiny", "tiny, odd"]
@@ -41,12 +42,14 @@ def answer(ground: Ground, name: str) -> tuple[list[int], torch.Tensor]:
     prompt = torch.randint(0, ground.shape.vocab, (1, PROMPT), generator=generator)
     with enter(name, small(ground, name)) as entry:
         for part in prompt.split(entry.chunk_tokens, dim=1):
-            output = ground.model(part, past_key_values=entry.cache, use_cache=True)
+            output = ground.model(part, **cache_argument(ground.model, entry.cache), use_cache=True)
         told: list[int] = []
         for _ in range(NEW):
             token = output.logits[:, -1:].argmax(-1)
             told.append(int(token))
-            output = ground.model(token, past_key_values=entry.cache, use_cache=True)
+            output = ground.model(
+                token, **cache_argument(ground.model, entry.cache), use_cache=True
+            )
         assert entry.cache.get_seq_length() == PROMPT + NEW
         return told, output.logits[0, -1]
 
@@ -71,7 +74,7 @@ def test_a_simulated_context_is_held_and_counted(ground: Ground, name: str) -> N
         before = entry.counted()
         for _ in range(2):
             one = torch.zeros((1, 1), dtype=torch.long)
-            ground.model(one, past_key_values=entry.cache, use_cache=True)
+            ground.model(one, **cache_argument(ground.model, entry.cache), use_cache=True)
         moved = {path: total - before[path] for path, total in entry.counted().items()}
         stored = ground.shape.kv_bytes(60, "float32")
         if name == "schedule":  # whole heads in and out, for every token
@@ -88,9 +91,9 @@ def test_the_schedule_stages_each_head_once(ground: Ground) -> None:
         entry.fill(64)
         schedule = entry.cache.schedule
         one = torch.zeros((1, 1), dtype=torch.long)
-        ground.model(one, past_key_values=entry.cache, use_cache=True)
+        ground.model(one, **cache_argument(ground.model, entry.cache), use_cache=True)
         before = schedule.loaded_bytes
-        ground.model(one, past_key_values=entry.cache, use_cache=True)
+        ground.model(one, **cache_argument(ground.model, entry.cache), use_cache=True)
         heads = ground.shape.layers * ground.shape.kv_heads
         per_token = ground.shape.kv_bytes(1, "float32")
         # One of the heads staged during this pass has its 66th token, or all have their 65th.
@@ -105,7 +108,7 @@ def test_the_schedule_refuses_what_it_was_not_written_for(ground: Ground) -> Non
     with enter("schedule", ground) as entry, torch.no_grad():
         two = torch.zeros((2, 3), dtype=torch.long)
         with pytest.raises(InputError, match="one sequence"):
-            ground.model(two, past_key_values=entry.cache, use_cache=True)
+            ground.model(two, **cache_argument(ground.model, entry.cache), use_cache=True)
 
 
 def test_near_data_is_passed_on(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

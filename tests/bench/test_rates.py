@@ -17,6 +17,7 @@ from headinfer.bench.measure import run
 from headinfer.bench.models import build
 from headinfer.bench.results import MEASURED, Results, Row
 from headinfer.bench.shapes import SHAPES
+from headinfer.hf.cache_name import cache_argument
 
 CPU = torch.device("cpu")
 
@@ -72,7 +73,11 @@ def test_attention_inside_a_chunk_is_timed_layer_by_layer(name: str) -> None:
     with enter(name, ground) as entry, torch.no_grad():
         marks = Marks(CPU)
         with attention_timed(ground.model, marks):
-            ground.model(torch.zeros((1, 4), dtype=torch.long), past_key_values=entry.cache)
+            ground.model(
+                torch.zeros((1, 4), dtype=torch.long), **cache_argument(ground.model, entry.cache)
+            )
         assert len(marks.between()) == 2 * shape.layers - 1
-        ground.model(torch.zeros((1, 1), dtype=torch.long), past_key_values=entry.cache)
+        ground.model(
+            torch.zeros((1, 1), dtype=torch.long), **cache_argument(ground.model, entry.cache)
+        )
         assert len(marks.between()) == 2 * shape.layers - 1

@@ -49,7 +49,7 @@ def test_memory_that_runs_out_is_one_line(headinfer: Program, tiny: str) -> None
 
     asked = ("run", tiny, "--prompt", "x" * 1500, "--max-new-tokens", "4", "--device", "cuda")
     refused = headinfer(*asked, "--gpu-memory", "1MiB")
-    least = refused.error.split("Raise gpu_memory to ")[1].split(" bytes")[0]
+    least = refused.error.split("Raise --gpu-memory to ")[1].split(" bytes")[0]
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(32 * 2**20 / total)  # less than the staging ring

@@ -10,6 +10,7 @@ import torch
 
 from headinfer.errors import InputError
 from headinfer.formats.lossless import BlockLayout, decode, encode, point_to
+from headinfer.hf.cache_name import cache_returned
 from headinfer.hf.load import load_model
 from headinfer.testing.blocks import fetch_from
 
@@ -26,7 +27,7 @@ def test_smollm2_comes_back_from_three_quarters_of_its_bytes():
     text = importlib.resources.files("headinfer").joinpath("data", "small_desk.md").read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
     model.set_attn_implementation("sdpa")
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_returned(model(ids, use_cache=True, logits_to_keep=1))
     stored = plain = 0
     for layer in cache.layers:
         for x in (layer.keys[0], layer.values[0]):

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.testing.numerics import check
 from headinfer.testing.zoo import ZOO
 from headinfer.testing.zoo.measure import BOUND, prompt, relative_error
@@ -38,8 +39,8 @@ STREAMED = {"chunk_tokens": 48, "tile_bytes": 4096, "poison": True}
 def logits(model, cache):
     ids, start, found = prompt().to(DEVICE), 0, []
     for step in STEPS:
-        output = model(ids[:, start : start + step], past_key_values=cache, use_cache=True)
-        cache, start = output.past_key_values, start + step
+        output = model(ids[:, start : start + step], **cache_argument(model, cache), use_cache=True)
+        cache, start = cache_returned(output), start + step
         found.append(output.logits)
     return torch.cat(found, dim=1)
 

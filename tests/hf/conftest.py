@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import headinfer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 
 # A staging slot holds 64 tokens of one head; prompts have more than a block of 128, so that every
 # path runs: blocks written back, tiles staged and given back (NaN-filled), the tail.
@@ -141,9 +142,12 @@ def steps() -> Steps:
         for size in sizes:
             more = {} if mask is None else {"attention_mask": mask[:, : past + start + size]}
             out = model(
-                tokens[:, start : start + size], past_key_values=cache, use_cache=True, **more
+                tokens[:, start : start + size],
+                **cache_argument(model, cache),
+                use_cache=True,
+                **more,
             )
-            cache = out.past_key_values
+            cache = cache_returned(out)
             found.append(out.logits)
             start += size
         assert start == tokens.shape[1]

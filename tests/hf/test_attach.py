@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import headinfer
 from headinfer.errors import BudgetTooSmall, InputError, TierFull
+from headinfer.hf.cache_name import cache_argument
 from headinfer.progress import ForwardStarted
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dim, float32
@@ -173,8 +174,10 @@ def test_a_filled_cache_goes_on_in_chunks(model):
     lengths = Lengths()
     with headinfer.attach(model, chunk_tokens=64, observer=lengths) as run:
         cache = run.new_cache()
-        model.generate(prompt[:, :100], past_key_values=cache, max_new_tokens=1)
-        found = model.generate(prompt, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        model.generate(prompt[:, :100], **cache_argument(model, cache), max_new_tokens=1)
+        found = model.generate(
+            prompt, **cache_argument(model, cache), max_new_tokens=8, do_sample=False
+        )
     assert torch.equal(found, expected)
     assert lengths.found[2:9] == [64] * 6 + [16]
 

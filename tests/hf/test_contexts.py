@@ -15,6 +15,7 @@ from torch import Tensor
 
 import headinfer
 from headinfer.errors import CacheStateError, SnapshotError, SnapshotMismatch
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.fingerprint import differences, fingerprint_of
 from headinfer.snapshot import Manifest
 from headinfer.testing.zoo import ZOO
@@ -95,7 +96,7 @@ def go_on(model: Any, cache: Any, tokens: Tensor, mask: Tensor | None = None) ->
     for _ in range(STEPS):
         at = cache.get_seq_length()
         more = {} if mask is None else {"attention_mask": mask[:, : at + 1]}
-        out = model(tokens[:, at : at + 1], past_key_values=cache, **more)
+        out = model(tokens[:, at : at + 1], **cache_argument(model, cache), **more)
         found.append(out.logits)
     return torch.cat(found, dim=1)
 
@@ -171,8 +172,8 @@ def test_runs_of_attention_are_where_they_were(llama: Any, ids: Any, tmp_path: P
         for start in range(1990, 2500, 85):
             part = tokens[:, start : start + 85]
             with torch.no_grad():
-                one = llama(part, past_key_values=cache).logits
-                assert torch.equal(one, llama(part, past_key_values=loaded).logits)
+                one = llama(part, **cache_argument(llama, cache)).logits
+                assert torch.equal(one, llama(part, **cache_argument(llama, loaded)).logits)
 
 
 def test_questions_append_only_when_asked(llama: Any, ids: Any, tmp_path: Path) -> None:
@@ -200,7 +201,11 @@ def test_a_context_answers_generate(llama: Any, ids: Any, tmp_path: Path) -> Non
             cache = headinfer.load_context(llama, tmp_path / "a.ctx")
             told = torch.cat([cache.token_ids, question], dim=1)
             found = llama.generate(
-                told, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False
+                told,
+                attention_mask=mask,
+                **cache_argument(llama, cache),
+                max_new_tokens=5,
+                do_sample=False,
             )
             assert torch.equal(found, expected)
 

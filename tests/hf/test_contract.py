@@ -21,6 +21,7 @@ from headinfer.attention.masks import Causal
 from headinfer.hf import cache as cache_module
 from headinfer.hf.attention import NAME, headinfer_attention
 from headinfer.hf.cache import HeadCache, HeadLayer, HybridHeadLayer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.hf.handles import KVHandle, LazyMask
 from headinfer.hf.masks import headinfer_mask
 from headinfer.testing.zoo import ZOO, ModelAbsent
@@ -192,7 +193,7 @@ def test_gradients_through_a_cache_are_refused_not_wrong(
 ) -> None:
     with headinfer.attach(llama, **options):
         out = llama(ids(), labels=ids())
-        assert isinstance(out.past_key_values, HeadCache)
+        assert isinstance(cache_returned(out), HeadCache)
         with pytest.raises(headinfer.UnsupportedAttention, match="use_cache=False"):
             out.loss.backward()
 
@@ -371,7 +372,7 @@ def test_masks_made_by_the_user_are_taken_as_they_are(
                 out = llama(
                     tokens[:, part],
                     attention_mask=mask[:, :, part, : part.stop],
-                    past_key_values=cache,
+                    **cache_argument(llama, cache),
                 )
                 found.append(out.logits)
     close(torch.cat(found, 1), expected)
@@ -471,7 +472,7 @@ def test_dropout_over_a_cache_is_refused(build: Any, ids: Any, options: dict[str
         model.train()
         cache = HeadCache(model.config, **options)
         with pytest.raises(headinfer.UnsupportedAttention, match=r"dropout 0\.1.*eval"):
-            model(ids(20), past_key_values=cache)
+            model(ids(20), **cache_argument(model, cache))
 
 
 # 12. Consumers of another layer's keys and values.

@@ -171,9 +171,10 @@ def test_pip_may_remove_its_directories_while_their_bytes_are_counted(
         (folder / "package.whl").write_bytes(b"x" * size)
     scandir = os.scandir
 
-    def racing(path: str | Path) -> object:
-        if Path(path) == gone:
-            shutil.rmtree(gone, ignore_errors=True)
+    def racing(path: str | int) -> object:
+        if path == str(gone):
+            (gone / "package.whl").unlink(missing_ok=True)
+            gone.rmdir()
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", racing)

@@ -16,6 +16,7 @@ from torch import Tensor
 import headinfer
 from headinfer.errors import BudgetTooSmall, DiskError, InputError
 from headinfer.hf import geometry
+from headinfer.hf.cache_name import cache_argument
 from headinfer.runner import Runner
 from headinfer.testing.disks import Trouble
 from headinfer.testing.graphs import TapeRecorder
@@ -68,7 +69,7 @@ def test_without_a_length_layers_leave_host_memory_as_it_fills(
         cache = run.new_cache()
         for start in range(0, 2048, 128):
             chunk = ids[:, start % 256 : start % 256 + 128]
-            logits = llama(chunk, past_key_values=cache).logits
+            logits = llama(chunk, **cache_argument(llama, cache)).logits
             demoted.append(run.stats.demoted_heads)
             stats = run.stats
             assert stats.host_bytes + stats.staging_bytes + stats.tail_bytes <= 600 * 1024
@@ -76,7 +77,7 @@ def test_without_a_length_layers_leave_host_memory_as_it_fills(
         cache = run.new_cache()
         for start in range(0, 2048, 128):
             chunk = ids[:, start % 256 : start % 256 + 128]
-            expected = llama(chunk, past_key_values=cache).logits
+            expected = llama(chunk, **cache_argument(llama, cache)).logits
     assert demoted[0] == 0
     assert demoted[-1] > 0
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
@@ -97,7 +98,7 @@ def test_a_disk_that_fails_is_named_and_generation_goes_on_from_what_is_complete
         kept = run.cache.crop_to_complete()
         assert 0 < kept < 432
         run.cache.crop(min(kept, 419) - kept or 0)
-        assert generated(llama, ids, 12, past_key_values=run.cache) == whole
+        assert generated(llama, ids, 12, **cache_argument(llama, run.cache)) == whole
 
 
 def test_what_could_not_be_written_never_answers(
@@ -118,7 +119,7 @@ def test_what_could_not_be_written_never_answers(
         # reason not yet known: what is held here is that the answer is the right one.
         assert caught.value.start < 420
         assert cache.crop_to_complete() < 420
-        assert generated(llama, ids, 12, past_key_values=cache) == whole
+        assert generated(llama, ids, 12, **cache_argument(llama, cache)) == whole
 
 
 def test_a_copy_of_a_cache_on_disk_is_independent(llama: Any, ids: Tensor, tmp_path: Path) -> None:
@@ -127,9 +128,9 @@ def test_a_copy_of_a_cache_on_disk_is_independent(llama: Any, ids: Tensor, tmp_p
         cache = run.new_cache()
         headinfer.prefill(llama, ids[:, :-1], cache)
         twin = copy.deepcopy(cache)
-        assert generated(llama, ids, 8, past_key_values=cache) == whole
+        assert generated(llama, ids, 8, **cache_argument(llama, cache)) == whole
         cache.close()
-        assert generated(llama, ids, 8, past_key_values=twin) == whole
+        assert generated(llama, ids, 8, **cache_argument(llama, twin)) == whole
         assert twin.stats().disk_bytes > 0
         twin.close()
 
@@ -151,18 +152,18 @@ def test_a_disk_that_fails_while_a_step_is_recorded_is_no_failed_recording(
     with headinfer.attach(llama, disk=tmp_path, **ALL_ON_DISK) as run, torch.inference_mode():
         run.replay_with(TapeRecorder)
         cache = run.new_cache()
-        llama(input_ids=ids, past_key_values=cache)
+        llama(input_ids=ids, **cache_argument(llama, cache))
         for link in cache.backing.runner.links:
             link.drain()  # a write that begins or ends within a block reads it, and would be lost
         trouble.read_code = errno.EIO
         with pytest.raises(DiskError, match="Input/output error"):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            llama(input_ids=ids[:, :1], **cache_argument(llama, cache))
         assert run.graphs is not None
         assert run.graphs.refused == ""
         trouble.read_code = None
         cache.crop(ids.shape[1])
         for _ in range(4):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            llama(input_ids=ids[:, :1], **cache_argument(llama, cache))
         assert run.graphs.replayed > 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import headinfer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.testing.zoo import ZOO, ModelAbsent
 
 NEW = 12
@@ -110,8 +111,8 @@ def test_embeddings_continue_a_cache(
     expected = generate(llama, inputs_embeds=embeds)
     with headinfer.attach(llama, **options) as run, torch.no_grad():
         cache = run.new_cache()
-        llama(inputs_embeds=embeds[:, :100], past_key_values=cache)
-        found = generate(llama, inputs_embeds=embeds, past_key_values=cache)
+        llama(inputs_embeds=embeds[:, :100], **cache_argument(llama, cache))
+        found = generate(llama, inputs_embeds=embeds, **cache_argument(llama, cache))
     assert found.tolist() == expected.tolist()
 
 
@@ -138,7 +139,9 @@ def turns(model: PreTrainedModel, cache: Any, first: Tensor, questions: list[Ten
     """A conversation: every question follows the whole of what was said before."""
     said, answers = first, []
     for question in questions:
-        said = generate(model, input_ids=torch.cat([said, question], 1), past_key_values=cache)
+        said = generate(
+            model, input_ids=torch.cat([said, question], 1), **cache_argument(model, cache)
+        )
         answers.append(said.tolist())
     return answers
 
@@ -164,11 +167,11 @@ def test_a_copied_cache_answers_several_questions_about_one_text(
     with headinfer.attach(llama, **options) as run:
         cache = run.new_cache()
         with torch.no_grad():
-            llama(text, past_key_values=cache)
+            llama(text, **cache_argument(llama, cache))
         for tokens, wanted in zip(asked, expected, strict=True):
             twin = copy.deepcopy(cache)
             assert type(twin) is type(cache)
-            found = generate(llama, input_ids=tokens, past_key_values=twin)
+            found = generate(llama, input_ids=tokens, **cache_argument(llama, twin))
             assert found.tolist() == wanted
         assert cache.get_seq_length() == text.shape[1]
 
@@ -180,9 +183,11 @@ def test_a_cropped_cache_takes_another_question(
     expected = generate(llama, input_ids=again)
     with headinfer.attach(llama, **options) as run:
         cache = run.new_cache()
-        generate(llama, input_ids=torch.cat([text, ids(9, seed=1)], 1), past_key_values=cache)
+        generate(
+            llama, input_ids=torch.cat([text, ids(9, seed=1)], 1), **cache_argument(llama, cache)
+        )
         cache.crop(text.shape[1] - cache.get_seq_length())
-        found = generate(llama, input_ids=again, past_key_values=cache)
+        found = generate(llama, input_ids=again, **cache_argument(llama, cache))
     assert found.tolist() == expected.tolist()
 
 
@@ -192,10 +197,10 @@ def test_a_reset_cache_starts_anew(
     expected = generate(llama, input_ids=ids(140, batch=2, seed=1))
     with headinfer.attach(llama, **options) as run:
         cache = run.new_cache()
-        generate(llama, input_ids=ids(), past_key_values=cache)
+        generate(llama, input_ids=ids(), **cache_argument(llama, cache))
         cache.reset()
         assert cache.get_seq_length() == 0
-        found = generate(llama, input_ids=ids(140, batch=2, seed=1), past_key_values=cache)
+        found = generate(llama, input_ids=ids(140, batch=2, seed=1), **cache_argument(llama, cache))
     assert found.tolist() == expected.tolist()
 
 
@@ -210,7 +215,7 @@ def test_inference_mode_and_no_grad_may_alternate_on_one_cache(
         for turn, question in enumerate(questions):
             with torch.inference_mode(first == (turn == 0)):
                 said = torch.cat([said, question], 1)
-                said = generate(llama, input_ids=said, past_key_values=cache, num_beams=1)
+                said = generate(llama, input_ids=said, **cache_argument(llama, cache), num_beams=1)
                 answers.append(said.tolist())
             cache.crop(-1)  # generate takes the missing token up again
     assert answers == expected
@@ -224,7 +229,7 @@ def test_generate_with_an_explicit_cache_and_no_session(
     expected = generate(llama, input_ids=ids())
     llama.set_attn_implementation("headinfer")
     cache = HeadCache(llama.config, **options)
-    found = generate(llama, input_ids=ids(), past_key_values=cache, prefill_chunk_size=33)
+    found = generate(llama, input_ids=ids(), **cache_argument(llama, cache), prefill_chunk_size=33)
     assert found.tolist() == expected.tolist()
     assert cache.get_seq_length() == 150 + NEW - 1
 
@@ -349,12 +354,13 @@ def test_every_way_of_passing_a_cache_reaches_the_session(
             ((), {}),
             ((), {"use_cache": None}),
             ((), {"use_cache": True, "past_key_values": None}),
+            ((), {"use_cache": True, **cache_argument(llama, None)}),
             ((None, None, None), {}),
             ((None, None, DynamicCache(config=llama.config)), {}),
         ):
             out = llama(ids(20), *args, **kwargs)
-            assert out.past_key_values is run.cache
-            assert isinstance(out.past_key_values, headinfer.HeadCache)
+            assert cache_returned(out) is run.cache
+            assert isinstance(cache_returned(out), headinfer.HeadCache)
         given = headinfer.HeadCache(llama.config, **options)
         llama(ids(20), None, None, given)
         assert run.cache is given
@@ -364,9 +370,9 @@ def test_no_cache_is_made_where_none_is_wanted(
     llama: PreTrainedModel, ids: Any, options: dict[str, Any]
 ) -> None:
     with headinfer.attach(llama, **options) as run, torch.no_grad():
-        assert llama(ids(20), use_cache=False).past_key_values is None
+        assert cache_returned(llama(ids(20), use_cache=False)) is None
         llama.config.use_cache = False
-        assert llama(ids(20)).past_key_values is None
+        assert cache_returned(llama(ids(20))) is None
         assert run.cache is None
 
 
@@ -487,11 +493,11 @@ def test_a_length_is_told_to_the_cache_it_is_meant_for(
 ) -> None:
     with headinfer.attach(llama, **options) as run, torch.no_grad():
         first = run.new_cache()
-        generate(llama, input_ids=ids(200), past_key_values=first)
+        generate(llama, input_ids=ids(200), **cache_argument(llama, first))
         assert first.plan is not None
         assert first.plan.expected_tokens == 200 + NEW
-        generate(llama, input_ids=ids(300), past_key_values=first)
+        generate(llama, input_ids=ids(300), **cache_argument(llama, first))
         second = run.new_cache()
-        llama(ids(10), past_key_values=second)
+        llama(ids(10), **cache_argument(llama, second))
         assert second.plan is not None
         assert second.plan.expected_tokens is None

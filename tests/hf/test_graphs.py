@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.testing.graphs import TapeRecorder
 
 NEW = 40
@@ -94,9 +95,9 @@ def test_logits_are_those_of_steps_that_are_not_replayed(
             headinfer.prefill(llama, tokens[:, :150], cache)
             logits = []
             for at in range(150, 180):
-                output = llama(input_ids=tokens[:, at : at + 1], past_key_values=cache)
+                output = llama(input_ids=tokens[:, at : at + 1], **cache_argument(llama, cache))
                 logits.append(output.logits)
-                assert output.past_key_values is cache
+                assert cache_returned(output) is cache
             found.append(torch.cat(logits))
             if replay:
                 assert run.graphs is not None
@@ -124,7 +125,7 @@ def test_a_position_computed_in_python_is_found(
         with torch.no_grad():
             for at in range(160):
                 llama.seen = at
-                output = model(input_ids=tokens[:, at : at + 1], past_key_values=cache)
+                output = model(input_ids=tokens[:, at : at + 1], **cache_argument(model, cache))
                 logits.append(output.logits)
         return torch.cat(logits)
 
@@ -160,15 +161,19 @@ def test_what_is_not_a_plain_decode_step_is_not_replayed(llama: Any, ids: Any) -
         assert run.graphs is not None
         cache = run.new_cache()
         with torch.no_grad():
-            llama(input_ids=tokens, past_key_values=cache)
-            llama(input_ids=tokens[:, :1], past_key_values=cache, output_hidden_states=True)
-            llama(inputs_embeds=torch.zeros(1, 1, 32), past_key_values=cache)
-            llama(input_ids=tokens[:, :1], past_key_values=DynamicCache(config=llama.config))
-            llama(tokens[:, :1], past_key_values=cache)
-        llama(input_ids=tokens[:, :1], past_key_values=cache)
+            llama(input_ids=tokens, **cache_argument(llama, cache))
+            llama(
+                input_ids=tokens[:, :1], **cache_argument(llama, cache), output_hidden_states=True
+            )
+            llama(inputs_embeds=torch.zeros(1, 1, 32), **cache_argument(llama, cache))
+            llama(
+                input_ids=tokens[:, :1], **cache_argument(llama, DynamicCache(config=llama.config))
+            )
+            llama(tokens[:, :1], **cache_argument(llama, cache))
+        llama(input_ids=tokens[:, :1], **cache_argument(llama, cache))
         assert not run.graphs._steps
         with torch.no_grad():
-            llama(input_ids=tokens[:, :1], past_key_values=cache)
+            llama(input_ids=tokens[:, :1], **cache_argument(llama, cache))
         assert len(run.graphs._steps) == 1
 
 

@@ -13,6 +13,7 @@ import torch
 import headinfer
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.heads import PackedHeads, PackedInPlace
+from headinfer.hf.cache_name import cache_argument
 
 STAGED = {"staging": True, "tile_bytes": 2**16, "num_slots": 3, "poison": True}
 PLACEMENTS: dict[str, dict[str, Any]] = {
@@ -92,13 +93,13 @@ def test_a_saved_context_is_that_of_the_exact_format(model, ids, tmp_path, place
             if not Path(folder).exists():
                 cache = run.new_cache()
                 for part in prompt.split(64, dim=1):
-                    model(part, past_key_values=cache, use_cache=True)
+                    model(part, **cache_argument(model, cache), use_cache=True)
                 headinfer.save_context(model, cache, folder)
             else:
                 cache = headinfer.load_context(
                     model, folder, kv_format=kv_format, expected_tokens=400, **how
                 )
-            out = model(step, past_key_values=cache, use_cache=True).logits
+            out = model(step, **cache_argument(model, cache), use_cache=True).logits
             logits.append(out)
             if kv_format == "lossless":
                 assert set(cache.ratios()) == {0, 1}
@@ -134,7 +135,7 @@ def test_host_memory_stays_within_what_was_predicted(model, ids, placement):
     with headinfer.attach(model, kv_format="lossless", expected_tokens=1100, **how) as run:
         with torch.no_grad():
             for part in ids(1100).split(run.plan.chunk_tokens, dim=1):
-                model(part, past_key_values=run.cache, use_cache=True)
+                model(part, **cache_argument(model, run.cache), use_cache=True)
         held = run.cache.stats().host_bytes
     assert held <= run.plan.host_bytes
 

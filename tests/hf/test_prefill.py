@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import headinfer
 from headinfer.errors import InputError
+from headinfer.hf.cache_name import cache_argument
 
 
 def lengths_of(model: Any) -> list[int]:
@@ -69,7 +70,11 @@ def test_generate_goes_on_from_it(llama: Any, ids: Any, head_cache: Any) -> None
     cache = head_cache(llama)
     headinfer.prefill(llama, tokens[:, :-1], cache, mask[:, :-1])
     found = llama.generate(
-        tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False
+        tokens,
+        attention_mask=mask,
+        **cache_argument(llama, cache),
+        max_new_tokens=9,
+        do_sample=False,
     )
     assert torch.equal(found, expected)
 
@@ -110,8 +115,8 @@ def test_a_pass_longer_than_the_chunk_is_warned_of_once(
     with caplog.at_level(logging.WARNING, "headinfer"):
         headinfer.prefill(llama, ids(64), cache)
         assert not caplog.records
-        llama.generate(ids(), past_key_values=cache, max_new_tokens=2)
-        llama.generate(ids(300), past_key_values=cache, max_new_tokens=2)
+        llama.generate(ids(), **cache_argument(llama, cache), max_new_tokens=2)
+        llama.generate(ids(300), **cache_argument(llama, cache), max_new_tokens=2)
     (record,) = caplog.records
     assert "of 86 tokens, where the plan has chunks of 64" in record.getMessage()
     assert "headinfer.prefill" in record.getMessage()

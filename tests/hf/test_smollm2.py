@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import headinfer
 from headinfer.errors import InputError
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.load import load_model
 
 TOKENS, CHUNK, NEW = 4224, 1024, 24
@@ -30,7 +31,7 @@ def smollm2():
 def prefill(model, ids, cache):
     logits = []
     for chunk in ids.split(CHUNK, dim=1):
-        output = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=64)
+        output = model(chunk, **cache_argument(model, cache), use_cache=True, logits_to_keep=64)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -47,7 +48,7 @@ def test_smollm2_at_4096_tokens_is_identical_to_the_resident_cache(smollm2):
     expected = prefill(model, ids, resident)
     tokens = model.generate(
         torch.cat([ids, expected[:, -1:].argmax(-1)], dim=1),
-        past_key_values=resident,
+        **cache_argument(model, resident),
         max_new_tokens=NEW,
         do_sample=False,
     )
@@ -57,7 +58,7 @@ def test_smollm2_at_4096_tokens_is_identical_to_the_resident_cache(smollm2):
         found = prefill(model, ids, cache)
         same = model.generate(
             torch.cat([ids, found[:, -1:].argmax(-1)], dim=1),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=NEW,
             do_sample=False,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import headinfer
 from headinfer.errors import SnapshotCorrupt, SnapshotError, SnapshotWriteError
+from headinfer.hf.cache_name import cache_argument
 from headinfer.snapshot import Context, Manifest, durable
 
 STAGED = {"staging": True, "tile_bytes": 4096, "num_slots": 3, "near_data": 0.0, "poison": True}
@@ -29,7 +30,7 @@ def ask(model: Any, folder: Path, ids: Tensor, **options: Any) -> Tensor:
     """Logits of one more token."""
     cache = headinfer.load_context(model, folder, **options)
     with torch.no_grad():
-        logits: Tensor = model(ids[:, 300:301], past_key_values=cache).logits
+        logits: Tensor = model(ids[:, 300:301], **cache_argument(model, cache)).logits
     return logits
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import headinfer
 from headinfer.errors import SnapshotError, SnapshotLocked
+from headinfer.hf.cache_name import cache_argument
 from headinfer.snapshot import Manifest, WriterLock, lock, owner_of, remove_context
 
 HOLD = """
@@ -134,7 +135,7 @@ def test_readers_see_one_state_while_a_writer_adds_to_it(
     expected = ids[:, 300:301]
     before = headinfer.load_context(llama, context)
     with torch.no_grad():
-        answer = llama(expected, past_key_values=before).logits
+        answer = llama(expected, **cache_argument(llama, before)).logits
     lengths: set[int] = set()
     stop = threading.Event()
 
@@ -154,7 +155,7 @@ def test_readers_see_one_state_while_a_writer_adds_to_it(
     writer.saved.writer.close()
     assert lengths <= set(range(300, 401, 20))
     with torch.no_grad():  # read from files that have grown since
-        assert torch.equal(llama(expected, past_key_values=early).logits, answer)
+        assert torch.equal(llama(expected, **cache_argument(llama, early)).logits, answer)
     assert Manifest.read(context).tokens == 400
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts one contestant's cache under a model, and takes it away again without a trace.
 
-What all have in common: a cache to be passed as `past_key_values`, a chunk length, a way to hold a
+What all have in common: a cache to be passed to the model, a chunk length, a way to hold a
 simulated context, and what they count. Measuring code sees no difference between them.
 """
 
@@ -66,7 +66,7 @@ class Entry:
     """A contestant at work: transformers' own caches, and what the others refine.
 
     Attributes:
-        cache: to be passed as `past_key_values`.
+        cache: to be passed to the model.
         chunk_tokens: tokens per forward pass of a prefill.
         settings: what it was asked to do.
         counts: the bytes that it moves are known.

@@ -22,6 +22,7 @@ from headinfer.bench.machine import settle
 from headinfer.bench.rates import filled
 from headinfer.bench.results import Results, Row
 from headinfer.cost import chunk_cost, chunk_time, decode_time, predict
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.peak import PeakMemory
 from headinfer.progress import PrefillClock, eta_errors
 
@@ -168,7 +169,9 @@ def _attention(case: Case, context: int, entry: Entry, deadline: Deadline) -> li
         settle(ground.device)
         start = time.perf_counter()
         with attention_timed(ground.model, marks):
-            ground.model(chunk, past_key_values=entry.cache, use_cache=True, logits_to_keep=1)
+            ground.model(
+                chunk, use_cache=True, logits_to_keep=1, **cache_argument(ground.model, entry.cache)
+            )
         spans = marks.between()
         if turn:
             whole.append(time.perf_counter() - start)
@@ -232,7 +235,7 @@ def _read(entry: Entry, prompt: Tensor, deadline: Deadline) -> list[float]:
     marks.add()
     for part in prompt.split(entry.chunk_tokens, dim=1):
         deadline.check()
-        model(part, past_key_values=entry.cache, use_cache=True, logits_to_keep=1)
+        model(part, use_cache=True, logits_to_keep=1, **cache_argument(model, entry.cache))
         marks.add()
     return marks.between()
 
@@ -255,7 +258,7 @@ def _steps(entry: Entry, count: int, deadline: Deadline) -> tuple[list[float], d
 def _token(entry: Entry) -> None:
     model = entry.ground.model
     one = torch.zeros((1, 1), dtype=torch.long, device=entry.ground.device)
-    model(input_ids=one, past_key_values=entry.cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=one, use_cache=True, logits_to_keep=1, **cache_argument(model, entry.cache))
 
 
 def _token_figure(

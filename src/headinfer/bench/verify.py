@@ -26,6 +26,7 @@ from headinfer.bench.contestants import Ground, NotAvailable, clean, enter
 from headinfer.bench.models import build
 from headinfer.bench.results import Check
 from headinfer.bench.shapes import SHAPES, Shape
+from headinfer.hf.cache_name import cache_argument
 from headinfer.layout import BLOCK_TOKENS
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_TOKENS = 323, 6, 64
@@ -107,14 +108,14 @@ def _answer(
     """
     found = []
     for part in prompt.split(chunk, dim=1):
-        found.append(model(part, past_key_values=cache, use_cache=True).logits[0])
+        found.append(model(part, use_cache=True, **cache_argument(model, cache)).logits[0])
     text = prompt
     for step in range(NEW_TOKENS):
         told = found[-1][-1:].argmax(dim=-1)[None]
         text = torch.cat([text, told], dim=1)
         place = prompt.shape[1] + step
         given = told if follow is None else follow[:, place : place + 1]
-        found.append(model(given, past_key_values=cache, use_cache=True).logits[0])
+        found.append(model(given, use_cache=True, **cache_argument(model, cache)).logits[0])
     return torch.cat(found).cpu(), text
 
 
@@ -122,7 +123,9 @@ def _exact_logits(shape: Shape, dtype: str, device: str, text: Tensor) -> Tensor
     """The same weights in float64, all tokens at once."""
     model = build(shape, dtype, device).double()
     model.set_attn_implementation("eager")
-    logits: Tensor = model(text, past_key_values=DynamicCache(config=model.config)).logits[0]
+    logits: Tensor = model(text, **cache_argument(model, DynamicCache(config=model.config))).logits[
+        0
+    ]
     return logits.cpu()
 
 

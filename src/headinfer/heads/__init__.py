@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from headinfer.heads.codec import Codec
 from headinfer.heads.direct import DirectHeads
-from headinfer.heads.memory import Adopt, Guard, KVShape, Mapped, Piece, SavedLayer, of_group
+from headinfer.heads.memory import (
+    Adopt,
+    Guard,
+    KVShape,
+    Mapped,
+    Piece,
+    SavedLayer,
+    extent_sizes,
+    of_group,
+)
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
 from headinfer.heads.packed import PackedHeads, PackedInPlace
 from headinfer.heads.packed_memory import PackedPiece
@@ -29,5 +38,6 @@ __all__ = [
     "Piece",
     "SavedLayer",
     "WriteBuffers",
+    "extent_sizes",
     "of_group",
 ]

@@ -85,6 +85,13 @@ class SavedLayer(NamedTuple):
     guard: Guard
 
 
+def extent_sizes(shape: KVShape, heads: int, rows: int, capacity: int) -> tuple[int, int]:
+    """Bytes of an extent's keys, and of its values."""
+    count = heads * rows * capacity
+    k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
+    return k_bytes, count * shape.value_dim * shape.dtype.itemsize
+
+
 class SegmentMemory:
     """Extents of segments: keys [heads, rows, capacity, key_dim], then values.
 
@@ -173,9 +180,7 @@ class SegmentMemory:
             self.tier.prepare(sum(self._sizes(rows, capacity)))
 
     def _sizes(self, rows: int, capacity: int) -> tuple[int, int]:
-        shape, count = self.shape, self.heads.heads * rows * capacity
-        k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
-        return k_bytes, count * shape.value_dim * shape.dtype.itemsize
+        return extent_sizes(self.shape, self.heads.heads, rows, capacity)
 
     def allocate_all(self, segments: Sequence[Segment]) -> None:
         """All or none."""

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 from transformers import (
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedConfig,
@@ -29,11 +30,12 @@ from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
 from headinfer.cost import predict
-from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
+from headinfer.errors import BudgetTooSmall, CacheStateError, InputError, UnsupportedAttention
 from headinfer.geometry import Geometry, Weights
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
+from headinfer.hf.cache_name import cache_given, cache_name, names_for
 from headinfer.hf.compared import Comparison, RequestClock, compare
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.graphs import StepGraphs
@@ -42,7 +44,7 @@ from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
 from headinfer.hf.remembered import known_rates
 from headinfer.hf.step import CudaRecorder, Recorder
-from headinfer.hf.weights import compute_device, weights_there
+from headinfer.hf.weights import compute_device, on_one_device, weights_there
 from headinfer.layer import Stats
 from headinfer.options import Options
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, Plan, make_plan
@@ -204,6 +206,7 @@ class Session:
         self._attention = _attention_in_use(model)
         self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
+        self._cache_name = cache_name(model)
         self.graphs: StepGraphs | None = None
         self._step_graphs = step_graphs
         self._hooks: list[Any] = []
@@ -247,13 +250,13 @@ class Session:
         return self._options.on_unsupported == "materialize"
 
     def new_cache(self, **options: Unpack[CacheOptions]) -> HeadCache:
-        """An empty cache with this session's options, or others, to be passed as
-        `past_key_values`."""
+        """An empty cache with this session's options, or others, to be passed to the model."""
         config = _decoder_config(self.model)
         size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
         self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
         self.cache.backing.chunk = self._chunk
+        self.cache.backing.one_device = on_one_device(self.model)
         return self.cache
 
     def replay_with(self, recorder: Callable[[], Recorder]) -> None:
@@ -402,10 +405,11 @@ class Session:
             return args, kwargs
         named = self._named(args, kwargs)
         if self._caches(named) and not module.training:
-            named["past_key_values"] = self._supply(named.get("past_key_values"))
-            self._note_tokens(named)
-            args, kwargs = self._with_cache(args, kwargs, named["past_key_values"])
-        self._passes.begin(*_lengths(named))
+            cache = self._supply(self._cache_among(named))
+            self._note_tokens(named, cache)
+            args, kwargs = self._with_cache(args, kwargs, cache)
+            named = self._named(args, kwargs)
+        self._passes.begin(*self._lengths(named))
         return args, kwargs
 
     def _after_forward(
@@ -415,22 +419,50 @@ class Session:
             return
         if self.cache is not None:
             self.cache.log.passing = False
-        past, new = _lengths(self._named(args, kwargs))
+        past, new = self._lengths(self._named(args, kwargs))
         self._passes.end(max(past - new, 0), new)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _cache_among(self, named: dict[str, Any]) -> Any:
+        """The cache of a forward pass; None if it is given none.
+
+        Raises:
+            UnsupportedAttention: it is not a cache of transformers that grows.
+        """
+        cache = cache_given(named, self._cache_name)
+        if cache is None or isinstance(cache, Cache):
+            return cache
+        reason = (
+            f"{type(cache).__name__} is no Cache of transformers: its paged cache (continuous "
+            "batching) keeps keys on the GPU, and tuples of keys are of older versions"
+        )
+        raise UnsupportedAttention(
+            f"{type(self.model).__name__} is given a cache that cannot be kept head by head: {reason}. "
+            "Give none, a DynamicCache or a headinfer.HeadCache",
+            reasons=[reason],
+        )
 
     def _caches(self, named: dict[str, Any]) -> bool:
         """Whether this forward pass would use a cache."""
         asked = named.get("use_cache")
         if asked is None:
             text = self.model.config.get_text_config(decoder=True)
-            asked = named.get("past_key_values") is not None or getattr(text, "use_cache", True)
+            asked = self._cache_among(named) is not None or getattr(text, "use_cache", True)
         return bool(asked)
 
-    def _note_tokens(self, named: dict[str, Any]) -> None:
-        cache = named["past_key_values"]
+    def _lengths(self, named: dict[str, Any]) -> tuple[int, int]:
+        """Tokens in the cache, and new ones."""
+        cache = self._cache_among(named)
+        past = 0 if cache is None else length_of(cache)
+        for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
+            given = named.get(name)
+            if given is not None:
+                return past, int(given.shape[1])
+        return past, 0
+
+    def _note_tokens(self, named: dict[str, Any], cache: Any) -> None:
         if isinstance(cache, HeadCache):
             ids = named.get("input_ids")
             cache.log.note(length_of(cache), ids, named.get("attention_mask"))
@@ -438,11 +470,13 @@ class Session:
     def _with_cache(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        name = "past_key_values"
+        name = self._cache_name
         place = self._names.index(name) if name in self._names else len(args)
         if place < len(args):
             return (*args[:place], cache, *args[place + 1 :]), kwargs
-        return args, {**kwargs, name: cache}
+        # Under the model's own name for it, whichever it was given by: the old one warns.
+        others = {key: value for key, value in kwargs.items() if key not in names_for(name)}
+        return args, {**others, name: cache}
 
     def _supply(self, given: Any) -> Any:
         """The cache of a forward pass, which learns the length if `generate()` told."""
@@ -504,16 +538,6 @@ def _is_fresh(cache: Any) -> bool:
     if type(cache) is not DynamicCache or cache.offloading or length_of(cache):
         return False
     return not any(has_states(layer) for layer in cache.layers)
-
-
-def _lengths(kwargs: dict[str, Any]) -> tuple[int, int]:
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else length_of(cache)
-    for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
-        given = kwargs.get(name)
-        if given is not None:
-            return past, int(given.shape[1])
-    return past, 0
 
 
 def _decoder_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -155,7 +155,7 @@ def _notice_resident(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor
 def _say_resident(module: str) -> None:
     _log.warning(
         "%s runs with attn_implementation='headinfer', but its cache is not head-wise: nothing is "
-        "offloaded. Use headinfer.attach(model), or pass past_key_values=HeadCache(model.config)",
+        "offloaded. Use headinfer.attach(model), or pass a HeadCache(model.config)",
         module,
     )
 

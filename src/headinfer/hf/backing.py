@@ -75,6 +75,7 @@ class Backing:
         length: tokens of the prompt and the most there may be, where `generate()` told.
         chunk: tokens that prompts are read in, where that was decided before the plan and not by
             the user; what is resident has to fit beside them.
+        one_device: every layer computes on the same device.
         wanted_bytes: host memory the longest answer would take, where only less is planned.
         plan: what was decided.
         runner: where the bytes are.
@@ -94,6 +95,7 @@ class Backing:
         self.engine = engine
         self.length: tuple[int, int] | None = None
         self.chunk: int | None = None
+        self.one_device = False
         self.wanted_bytes = 0
         self.plan: Plan | None = None
         self.runner: Runner | None = None
@@ -115,7 +117,7 @@ class Backing:
         if options.chunk_tokens is None:
             options = replace(options, chunk_tokens=self.chunk)
         self.plan = self._make_plan(geometry, options, device.type, batch)
-        settings = settings_of(self.plan, self.options, self.wanted_bytes)
+        settings = settings_of(self.plan, self.options, self.wanted_bytes, at_once=self.one_device)
         self.runner = Runner(settings, engine=self.engine)
         return self.runner
 
@@ -138,12 +140,15 @@ class Backing:
     def clone(self) -> Backing:
         twin = Backing(self.options, self.geometry, latent=self.latent, engine=self.engine)
         twin.chunk = self.chunk
+        twin.one_device = self.one_device
         twin.plan = self.plan
         twin.runner = None if self.runner is None else self.runner.clone()
         return twin
 
 
-def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettings:
+def settings_of(
+    plan: Plan, options: Options, wanted_bytes: int, *, at_once: bool = False
+) -> RunnerSettings:
     """What the runner needs of a plan."""
     disk = None
     if plan.disk is not None:
@@ -165,5 +170,6 @@ def settings_of(plan: Plan, options: Options, wanted_bytes: int) -> RunnerSettin
         attention=options.attention,
         disk=disk,
         host_computes=plan.host_computes,
+        at_once=at_once,
         poison=options.poison,
     )

@@ -283,7 +283,8 @@ class HybridHeadLayer(LinearAttentionLayer, HeadLayer):
 class HeadCache(DynamicCache):
     """A transformers cache whose full-attention layers are kept head by head.
 
-    Pass it as `past_key_values=`; the model must run with attn_implementation="headinfer" (which
+    Pass it as `cache=` (before transformers 5.24 `past_key_values=`); the model must run with
+    attn_implementation="headinfer" (which
     `headinfer.attach` sets), or the cache be made with on_unsupported="materialize".
 
     Args:

@@ -131,7 +131,7 @@ def load_context(
     other_versions: bool = False,
     **options: Unpack[CacheOptions],
 ) -> HeadCache:
-    """A cache that holds the saved context, to be passed as `past_key_values`.
+    """A cache that holds the saved context, to be passed to the model.
 
     Its `token_ids` are those of the context: `generate()` wants them in front of the new ones.
 

@@ -27,6 +27,7 @@ from headinfer.attention.types import AttentionSpec
 from headinfer.budget import format_bytes
 from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.hf.geometry import memory_here
 from headinfer.hf.remembered import known_rates
 from headinfer.host_stream import why_no_host_functions
@@ -198,8 +199,8 @@ def _chunked(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     cache: Any = DynamicCache(config=model.config)
     found = []
     for chunk in tokens.split(CHUNK, dim=1):
-        output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=chunk, use_cache=True, **cache_argument(model, cache))
+        cache = cache_returned(output)
         found.append(output.logits)
     return torch.cat(found, dim=1).double()
 

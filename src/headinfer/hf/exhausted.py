@@ -21,10 +21,10 @@ from headinfer.layout import BLOCK_TOKENS
 
 @contextlib.contextmanager
 def kept_when_exhausted(
-    cache_now: Callable[[], HeadCache | None], chunk: int, length: int
+    cache_now: Callable[[], HeadCache | None], chunk: int, length: int, name: str
 ) -> Iterator[None]:
-    """Forward passes over chunks of `chunk` tokens until the cache that `cache_now` names holds
-    `length`.
+    """Forward passes over chunks of `chunk` tokens until the cache that `cache_now` names, and the
+    model calls `name`, holds `length`.
 
     Raises:
         GpuOutOfMemory: instead of torch's error, once the cache is usable again.
@@ -39,10 +39,12 @@ def kept_when_exhausted(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise _explained(cache_now(), chunk, length, why)
+    raise _explained(cache_now(), chunk, length, name, why)
 
 
-def _explained(cache: HeadCache | None, chunk: int, length: int, why: str) -> GpuOutOfMemory:
+def _explained(
+    cache: HeadCache | None, chunk: int, length: int, name: str, why: str
+) -> GpuOutOfMemory:
     smaller = max(chunk // 2 // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS)
     remedy = (
         f"chunks of {smaller:,} tokens (chunk_tokens={smaller})"
@@ -64,7 +66,7 @@ def _explained(cache: HeadCache | None, chunk: int, length: int, why: str) -> Gp
     if complete:
         state = (
             f"the cache is complete up to token {complete:,}: go on with generate(..., "
-            f"past_key_values=run.cache, prefill_chunk_size={smaller}), or begin again with"
+            f"{name}=run.cache, prefill_chunk_size={smaller}), or begin again with"
         )
     return GpuOutOfMemory(
         f"the GPU ran out of memory in a chunk of {chunk:,} tokens ({why}); {state} {remedy}",

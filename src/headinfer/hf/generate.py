@@ -18,6 +18,7 @@ from transformers import TextStreamer
 
 from headinfer.budget import format_bytes
 from headinfer.errors import HeadInferError, InputError
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.quiet import quiet_transformers
 
 OnText = Callable[[str], None]
@@ -210,7 +211,7 @@ def generate_text(
     streamer = _Clock(tokenizer, on_text)
     arguments = {"max_new_tokens": max_new_tokens, "pad_token_id": _pad(model, tokenizer)}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments |= cache_argument(model, cache)
     ids = prompt.ids.to(model.device)
     with quiet_transformers(), torch.inference_mode(), _out_of_memory(model.device):
         output = model.generate(

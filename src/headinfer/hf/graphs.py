@@ -25,6 +25,7 @@ from transformers import Cache, PreTrainedModel
 from headinfer.attention.masks import Causal, MaskRecipe, PaddedCausal, Padding
 from headinfer.errors import DiskError
 from headinfer.hf.cache import HeadCache, HeadLayer
+from headinfer.hf.cache_name import NAMES, cache_given, cache_name
 from headinfer.hf.step import Call, CudaRecorder, Piece, Recorder, Step, StepRefused, activated
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class StepGraphs:
         self._look()
         if self.refused:
             return self._forward(*args, **kwargs)
-        cache, ids = kwargs["past_key_values"], given["input_ids"]
+        cache, ids = cache_given(kwargs), given["input_ids"]
         length = int(cache.get_seq_length())
         recipe = _recipe(kwargs.get("attention_mask"), length, ids.shape[1])
         key = (tuple(ids.shape), ids.device, tuple(given), tuple(sorted(_others(kwargs).items())))
@@ -109,7 +110,7 @@ class StepGraphs:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Tensor] | None:
         """The tensors that a recorded step reads; None if this pass is not one."""
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), cache_given(kwargs)
         if (
             self.refused
             or args
@@ -172,7 +173,7 @@ class StepGraphs:
             step.begin()
             output = self._forward(**{**kwargs, **inputs, "attention_mask": None})
             step.finish()
-        cache = kwargs["past_key_values"]
+        cache = cache_given(kwargs)
         recorded = _Recorded(inputs, step.pieces, step.calls, type(output), _tensors(output))
         self._steps[key] = recorded
         return _fresh(recorded, cache)
@@ -241,7 +242,7 @@ class StepGraphs:
 
 def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a pass is given besides tokens, places and cache: it has to be the same in every step."""
-    known = {"input_ids", "position_ids", "cache_position", "past_key_values", "attention_mask"}
+    known = {"input_ids", "position_ids", "cache_position", "attention_mask", *NAMES}
     return {
         name: value for name, value in kwargs.items() if name not in known and value is not None
     }
@@ -267,7 +268,7 @@ def _why_not(model: Any, *, ours: Any = None) -> str:
         return "something stands in for the model's forward already"
     if model.config.is_encoder_decoder:
         return "an encoder-decoder"
-    if not {"input_ids", "position_ids", "past_key_values"} <= set(
+    if not {"input_ids", "position_ids", cache_name(model)} <= set(
         inspect.signature(model.forward).parameters
     ):
         return "the model takes no position_ids"
@@ -328,7 +329,7 @@ class _Side:
 
     def __init__(self, device: torch.device) -> None:
         self._outer = torch.cuda.current_stream(device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device)
         self._inner = torch.cuda.stream(self._stream)
 
     def __enter__(self) -> None:
@@ -338,3 +339,14 @@ class _Side:
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
         self._outer.wait_stream(self._stream)
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device that steps are recorded on: cuBLAS keeps a workspace (32 MiB on
+    Hopper) for every stream that it has seen, for good."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):  # here the workspace is not part of any recording's memory
+        one = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
+        torch.mm(one, one)
+    return stream

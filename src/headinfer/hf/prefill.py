@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import InputError
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.cache_name import (
+    NAMES,
+    cache_argument,
+    cache_given,
+    cache_name,
+    cache_returned,
+)
 from headinfer.hf.exhausted import kept_when_exhausted
 from headinfer.hf.geometry import resolve_budget
 from headinfer.plan import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, make_plan
@@ -63,7 +70,10 @@ def prefill(
     chunk = chunk_tokens or chunk_of(model, cache, batch=input_ids.shape[0])
     output: Any = None
     held = cache if isinstance(cache, HeadCache) else None
-    with torch.no_grad(), kept_when_exhausted(lambda: held, chunk, past + input_ids.shape[1]):
+    with (
+        torch.no_grad(),
+        kept_when_exhausted(lambda: held, chunk, past + input_ids.shape[1], cache_name(model)),
+    ):
         for start in range(0, input_ids.shape[1], chunk):
             ids = input_ids[:, start : start + chunk]
             if attention_mask is not None:
@@ -71,8 +81,8 @@ def prefill(
                 given["attention_mask"] = mask
                 if "position_ids" in names:
                     given["position_ids"] = _positions(mask)[:, past + start :]
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
-            cache = output.past_key_values
+            output = model(input_ids=ids, use_cache=True, **cache_argument(model, cache), **given)
+            cache = cache_returned(output)
             if on_chunk is not None:
                 on_chunk(past + start + ids.shape[1])
     if "logits_to_keep" not in names:
@@ -124,7 +134,7 @@ class Prefill:
         chunk = generation_config.prefill_chunk_size or self._chunk_tokens or input_ids.shape[1]
         embeds = model_kwargs.get("inputs_embeds")
         length = (input_ids if embeds is None else embeds).shape[1]
-        with kept_when_exhausted(self._cache_now, chunk, length):
+        with kept_when_exhausted(self._cache_now, chunk, length, cache_name(self._model)):
             return self._run(input_ids, generation_config, model_kwargs, is_first_iteration, **more)
 
     def _run(
@@ -148,7 +158,7 @@ class Prefill:
             self._chunk_tokens = self._announce(prompt, most, rows) or self._chunk_tokens
         chunk = generation_config.prefill_chunk_size or self._chunk_tokens
         whole = _changed(generation_config, prefill_chunk_size=None)
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_given(model_kwargs)
         if chunk is None or cache is None:
             return stock(input_ids, whole, model_kwargs)
         past = length_of(cache)
@@ -165,7 +175,8 @@ class Prefill:
                     ids = input_ids[:, 0 if full else stop - chunk : input_ids.shape[1] - cut]
                 part = _without_last(model_kwargs, cut)
                 outputs = stock(ids, _changed(whole, mask_cut=cut), part)
-                model_kwargs["past_key_values"] = outputs.past_key_values
+                name = next(name for name in NAMES if name in model_kwargs)
+                model_kwargs[name] = cache_returned(outputs)
             last = input_ids if full else input_ids[:, (new - 1) // chunk * chunk :]
             return stock(last, whole, model_kwargs)
         before = set(model_kwargs)

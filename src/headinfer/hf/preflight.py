@@ -14,6 +14,7 @@ from transformers.cache_utils import (
 )
 
 from headinfer.errors import UnsupportedModel
+from headinfer.hf.cache_name import cache_name
 from headinfer.options import Options
 
 _log = logging.getLogger(__name__)
@@ -53,11 +54,7 @@ def preflight(model: PreTrainedModel, options: Options) -> list[str]:
                 "reads all keys and masks itself. It cannot be streamed head by head; use a stock "
                 "cache"
             )
-    if not _takes_cache(model):
-        raise UnsupportedModel(
-            f"{name} takes no cache (its forward has no past_key_values), so there are no keys and "
-            "values to keep elsewhere; run it without headinfer"
-        )
+    cache_name(model)  # raises where there is none
     warnings = [*_warnings(config, text, name), *_chunk_warnings(model, name)]
     for warning in warnings:
         _log.warning("%s", warning)
@@ -103,11 +100,6 @@ def _chunk_warnings(model: PreTrainedModel, name: str) -> list[str]:
             f"from the state of the chunk before, with any cache; {ONE_GO}"
         )
     return found
-
-
-def _takes_cache(model: PreTrainedModel) -> bool:
-    forwards = (model.forward, model.base_model.forward)
-    return any("past_key_values" in signature(forward).parameters for forward in forwards)
 
 
 def _masks_by_token_type(model: PreTrainedModel) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from headinfer.hf.attach import attach, session_of
 from headinfer.hf.backing import CacheOptions
 from headinfer.hf.cache import HeadCache
+from headinfer.hf.cache_name import cache_given
 from headinfer.hf.geometry import weight_bytes_of
 from headinfer.hf.simulate import simulate_context
 
@@ -84,7 +85,7 @@ def _old_names(
     if "num_logits_to_keep" in kwargs:
         kwargs = {**kwargs, "logits_to_keep": kwargs["num_logits_to_keep"]}
         del kwargs["num_logits_to_keep"]
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(kwargs)
     if isinstance(cache, OffloadedCache) and isinstance(module, PreTrainedModel):
         cache.learn(module.config, weight_bytes=weight_bytes_of(module, module.device))
     return args, kwargs

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from headinfer.errors import InputError
 from headinfer.hf.cache import HeadCache, HeadLayer
+from headinfer.hf.cache_name import cache_argument
 
 FILL_TOKENS = 8192
 
@@ -34,7 +35,7 @@ def simulate_context(model: PreTrainedModel, cache: HeadCache, tokens: int) -> H
             f"the cache holds {cache.get_seq_length()} tokens; simulate into an empty one"
         )
     one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    model(input_ids=one, past_key_values=cache, use_cache=True)
+    model(input_ids=one, use_cache=True, **cache_argument(model, cache))
     generator = torch.Generator(device="cpu").manual_seed(0)
     blocks: dict[tuple[object, ...], Tensor] = {}
     for index, layer in enumerate(cache.layers):

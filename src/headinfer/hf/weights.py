@@ -47,6 +47,12 @@ def compute_device(model: nn.Module) -> torch.device:
     return device or torch.device("cpu")
 
 
+def on_one_device(model: nn.Module) -> bool:
+    """Whether all weights are where the model computes, so that all its layers compute there."""
+    device = compute_device(model)
+    return all(weight.device == device for weight in model.parameters())
+
+
 def weights_to_come(model: PreTrainedModel, stored: StoredBits | None) -> tuple[int, Weights]:
     """Bytes of a model on the meta device once its weights are there, and more about them."""
     linear = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear)}

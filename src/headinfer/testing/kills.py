@@ -30,6 +30,7 @@ import torch
 
 import headinfer
 from headinfer.errors import HeadInferError
+from headinfer.hf.cache_name import cache_argument
 from headinfer.snapshot import Context, durable, exists
 from headinfer.testing.zoo import ZOO
 from headinfer.tiers import DiskTier
@@ -330,7 +331,7 @@ def _digest(model: Any, cache: Any) -> dict[str, Any]:
             found.update(part.contiguous().numpy().tobytes())
     found.update(cache.token_ids.numpy().tobytes())
     with torch.no_grad():
-        logits = model(torch.tensor([[7]]), past_key_values=cache).logits
+        logits = model(torch.tensor([[7]]), **cache_argument(model, cache)).logits
     found.update(logits.numpy().tobytes())
     return {"digest": found.hexdigest(), "tokens": tokens}
 

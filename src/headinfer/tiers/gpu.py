@@ -7,6 +7,8 @@ is the CPU and these are ordinary tensors.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,24 @@ class DeviceTier:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._arenas: dict[int, Tensor] = {}
+        self._taken: dict[int, list[Tensor]] = {}
         self._next = 0
         self._closed = False
+
+    def take(self, sizes: Iterable[int]) -> None:
+        """Memory for extents of these sizes is taken now, and theirs when they are allocated.
+
+        Taken one by one amid a model's activations, each would come out of a block that those left
+        behind, and what remains of the block fits no activation any more. An extent of another size
+        than was said gives back what nobody asked for yet.
+        """
+        room = None if self.budget_bytes is None else self.budget_bytes - self.used_bytes
+        for size in map(aligned, sizes):
+            if room is not None:
+                if size > room:
+                    return
+                room -= size
+            self._taken.setdefault(size, []).append(self._memory(size))
 
     def allocate(self, nbytes: int) -> Extent:
         if self._closed:
@@ -42,7 +60,11 @@ class DeviceTier:
                 asked_bytes=size,
             )
         self._next += 1
-        self._arenas[self._next] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self._taken.get(size):
+            self._arenas[self._next] = self._taken[size].pop()
+        else:
+            self._taken.clear()
+            self._arenas[self._next] = self._memory(size)
         self.used_bytes += size
         return Extent(self._next, 0, size)
 
@@ -60,5 +82,9 @@ class DeviceTier:
 
     def close(self) -> None:
         self._arenas.clear()
+        self._taken.clear()
         self.used_bytes = 0
         self._closed = True
+
+    def _memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)

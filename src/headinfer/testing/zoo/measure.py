@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.testing.zoo.record import VOCAB_SIZE, Column, Entry, Kind, TokenTypes
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def head_wise_layers(model: PreTrainedModel, entry: Entry) -> tuple[int, int]:
     """How many layers of an attached model are kept head by head, of how many in the cache."""
     inputs: dict[str, Any] = _encoder_inputs(model, entry, 1)
     inputs["decoder_input_ids" if entry.has_encoder else "input_ids"] = prompt(1, 8)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = cache_returned(model(**inputs, use_cache=True))
     cache = getattr(cache, "self_attention_cache", cache)
     ours = [layer for layer in cache.layers if type(layer).__module__.startswith("headinfer.")]
     return len(ours), len(cache.layers)
@@ -136,8 +137,8 @@ def forwards(
             inputs[prefix + "attention_mask"] = mask[:, : start + step]
         if start == 0 and entry.token_types is not TokenTypes.NONE:
             inputs["token_type_ids"] = _token_types(entry, rows, step)
-        out = model(**inputs, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(**inputs, use_cache=True, **cache_argument(model, cache))
+        cache = cache_returned(out)
         logits.append(out.logits)
         start += step
     return torch.cat(logits, dim=1)[mask.bool()]

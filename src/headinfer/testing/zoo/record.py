@@ -116,7 +116,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A tiny model that the streaming path must refuse, and why."""
+    """A tiny model that the streaming path must refuse, and why; from transformers `until` on it is
+    one of the zoo's entries."""
 
     name: str
     model_class: str
@@ -124,9 +125,12 @@ class Refused:
     materializes: bool
     config: Mapping[str, Any]
     model_type: str
+    until: str = ""
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """As `Entry.build`."""
+        if _installed(self.until):
+            raise ModelAbsent(f"{self.name} streams from transformers {self.until} on")
         return build_model(self.model_type, self.model_class, self.config, seed)
 
 
@@ -169,10 +173,12 @@ def refused(
     *,
     materializes: bool,
     model_type: str = "",
+    until: str = "",
     **config: Any,
 ) -> Refused:
     """A refused model whose configuration is `TINY` with `config` on top."""
-    return Refused(name, model_class, reason, materializes, {**TINY, **config}, model_type or name)
+    merged = {**TINY, **config}
+    return Refused(name, model_class, reason, materializes, merged, model_type or name, until)
 
 
 def build_model(

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from headinfer.testing.golden_plans import answer
 
 TESTS = Path(__file__).resolve().parents[1]
 CONFIGS = TESTS / "configs"
+ROUTERS_IN_FLOAT32 = [int(part) for part in version("transformers").split(".")[:2]] >= [5, 24]
 GOLDEN = sorted((TESTS / "golden" / "plans").glob("*.txt"))
 
 Program = Any
@@ -39,6 +41,8 @@ def shape(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_plans_are_what_they_were(path: Path) -> None:
     # Refresh: scripts/plan_golden
+    if path.stem.startswith("deepseek-v3") and not ROUTERS_IN_FLOAT32:
+        pytest.skip("transformers before 5.24 keeps this model's routers in bfloat16")
     command, _, rest = path.read_text(encoding="utf-8").partition("\n")
     assert answer(command, CONFIGS) == rest
 

@@ -470,7 +470,7 @@ class Runner:
 
     def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
         heads = self.layers[tile.layer].offloaded_with(tile.group)
-        return heads.load(tile, slot), [heads.last_write]
+        return heads.load_again(tile, slot), [heads.last_write]
 
     def _tiles_of_layer(self, index: int) -> Iterator[Tile]:
         layer = self.layers.get(index)

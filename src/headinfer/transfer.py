@@ -40,7 +40,7 @@ class Copy(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.dst.numel() * self.dst.element_size()
+        return self.dst.nbytes
 
 
 class Ticket(Protocol):

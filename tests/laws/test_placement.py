@@ -297,6 +297,33 @@ def test_the_ring_prefetches_across_layers_and_passes():
     assert moved.dropped_tiles == start.dropped_tiles
 
 
+def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypatch):
+    """Nothing is sliced again until what is stored changes, and then nothing old is kept."""
+    made = []
+    load = OffloadedHeads.load
+
+    def counted(self, tile, slot):
+        made.append(tile)
+        return load(self, tile, slot)
+
+    monkeypatch.setattr(OffloadedHeads, "load", counted)
+    runner = make_runner("cpu", placement="staged", num_slots=2, slot_bytes=2**14)
+    driver = Driver(runner, "cpu")
+    driver.forward(512, 1)
+    for _ in range(8):  # every tile has been in every slot
+        driver.forward(1, 1)
+    made.clear()
+    for _ in range(10):
+        driver.forward(1, 1)
+    assert not made
+    driver.crop(300)
+    held = [heads for layer in runner.layers.values() for heads in layer.offloaded]
+    assert not any(heads._load_cache for heads in held)
+    driver.forward(1, 1)
+    assert made
+    driver.check_bytes()
+
+
 def test_heads_are_demoted_as_the_budget_fills_and_the_limit_holds():
     runner = make_runner("cpu", placement="demoting", resident_bytes=900_000)
     driver = Driver(runner, "cpu")

@@ -23,6 +23,10 @@ from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
 CACHED_VIEWS = 64
 """Slots are few and tiles of a pass have few shapes: their views are made once."""
 
+CACHED_LOADS = 64
+"""Lists of copies that a range keeps: what one layer streams, in each slot of the ring. Longer
+contexts have more, and so long a way over the link that making them again does not show."""
+
 
 class WriteBuffers:
     """Two contiguous buffers on the compute device that new blocks pass through on their way
@@ -96,6 +100,7 @@ class OffloadedHeads:
         self._format = fmt
         self._tail: tuple[Tensor, Tensor] | None = None
         self._view_cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._load_cache: dict[tuple[Tile, int], list[Copy]] = {}
         self.last_write: Ticket = engine.fence()
         self._tail_free_after: Ticket = self.last_write
 
@@ -197,6 +202,17 @@ class OffloadedHeads:
             else:
                 yield from pieces_of(run, k, v, self.shape)
 
+    def load_again(self, tile: Tile, slot: Tensor) -> list[Copy]:
+        """As `load`, for a slot of the ring: every token of a decode asks for the same tiles, and
+        slicing memory takes longer than enqueueing a copy. The list is not to be changed."""
+        place = tile, slot.data_ptr()
+        found = self._load_cache.get(place)
+        if found is None:
+            if len(self._load_cache) >= CACHED_LOADS:
+                self._load_cache.clear()
+            found = self._load_cache[place] = self.load(tile, slot)
+        return found
+
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
         """The copies that bring `tile` into a slot's bytes, laid out as `unpack` expects."""
         self._memory.check(tile.group, tile.span)
@@ -275,6 +291,7 @@ class OffloadedHeads:
 
     def _crop(self, crop: Crop) -> None:
         self.recent = None
+        self._load_cache.clear()
         if crop.reload.tokens:
             self._reload_tail(crop.reload)
         if crop.free or crop.reload.start < self.store.stored:
@@ -286,6 +303,7 @@ class OffloadedHeads:
     def reorder(self, index: Sequence[int]) -> None:
         self.store.reorder(index)
         self.recent = None
+        self._load_cache.clear()
         if self._tail is not None:
             self._engine.wait(self._tail_free_after)
             rows = torch.tensor(list(index), device=self._device)
@@ -296,6 +314,7 @@ class OffloadedHeads:
         self._engine.drain()
         self.recent = self._tail = None
         self._view_cache.clear()
+        self._load_cache.clear()
         self._memory.free(self.store.clear())
 
     def clone(

@@ -34,7 +34,8 @@ from headinfer.geometry import Geometry
 from headinfer.plan import Plan
 
 if TYPE_CHECKING:
-    from headinfer.hf.attach import Session, attach, plan_for
+    from headinfer.hf.ahead import plan_for
+    from headinfer.hf.attach import Session, attach
     from headinfer.hf.cache import HeadCache
     from headinfer.hf.contexts import load_context, save_context
     from headinfer.hf.doctor import doctor
@@ -83,7 +84,7 @@ _LAZY = {
     "attach": "headinfer.hf.attach",
     "doctor": "headinfer.hf.doctor",
     "load_context": "headinfer.hf.contexts",
-    "plan_for": "headinfer.hf.attach",
+    "plan_for": "headinfer.hf.ahead",
     "prefill": "headinfer.hf.prefill",
     "read_context": "headinfer.hf.reading",
     "save_context": "headinfer.hf.contexts",

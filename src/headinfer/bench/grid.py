@@ -63,7 +63,7 @@ def options_of(manual: Manual, model: Any, given: dict[str, Any]) -> dict[str, A
 
 def _most(model: Any, options: dict[str, Any]) -> int:
     """Heads per layer, equally many in each, that fit."""
-    from headinfer.hf.attach import plan_for
+    from headinfer.hf.ahead import plan_for
     from headinfer.hf.geometry import geometry_of, weight_bytes_of
 
     weights = weight_bytes_of(model, model.device)

@@ -9,7 +9,6 @@ correctness: models that drop the cache they were given get a head-wise one agai
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedConfig,
@@ -30,15 +28,15 @@ from typing_extensions import Unpack
 
 from headinfer.budget import format_bytes
 from headinfer.cost import predict
-from headinfer.errors import BudgetTooSmall, CacheStateError, InputError, UnsupportedAttention
-from headinfer.geometry import Geometry, Weights
+from headinfer.errors import BudgetTooSmall, CacheStateError, InputError
+from headinfer.geometry import Geometry
 from headinfer.hf.attention import NAME, register
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.cache import HeadCache, has_states
-from headinfer.hf.cache_name import cache_given, cache_name, names_for
 from headinfer.hf.compared import Comparison, RequestClock, compare
 from headinfer.hf.geometry import geometry_of, resolve_budget, weight_bytes_of
 from headinfer.hf.graphs import StepGraphs
+from headinfer.hf.pass_arguments import PassArguments
 from headinfer.hf.passes import Passes, mark_on
 from headinfer.hf.prefill import Prefill, length_of
 from headinfer.hf.preflight import preflight
@@ -89,75 +87,6 @@ def attach(
     return Session(model, options, observer, batch_size, step_graphs=step_graphs)
 
 
-def plan_for(
-    config: PreTrainedConfig,
-    *,
-    prompt_tokens: int,
-    new_tokens: int = 0,
-    batch: int = 1,
-    device: str | None = None,
-    weight_bytes: int = 0,
-    weights: Weights | None = None,
-    **options: Unpack[CacheOptions],
-) -> Plan:
-    """The plan of a run that has not started; loads no weights.
-
-    Args:
-        config: a transformers config.
-        prompt_tokens: prompt length.
-        new_tokens: tokens to be generated.
-        batch: sequences.
-        device: "cuda" or "cpu"; default: "cuda" when gpu_memory is given or a GPU is there.
-        weight_bytes: bytes of the weights on the device; 0 counts the cache alone.
-        weights: more about them.
-        options: see `CacheOptions`.
-
-    Raises:
-        BudgetTooSmall: with the smallest budget that works.
-        InputError: an unusable option.
-    """
-    rest: CacheOptions = {**options, "expected_tokens": prompt_tokens + new_tokens}
-    device, record = resolved_for(options_from(rest), device, weight_bytes=weight_bytes)
-    geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
-    return make_plan(geometry, record, device=device, batch=batch)
-
-
-def resolved_for(record: Options, device: str | None, *, weight_bytes: int) -> tuple[str, Options]:
-    """Where a run that has not started will compute, and its options with budgets filled in.
-
-    Raises:
-        BudgetTooSmall: host memory has no room for the weights of a model that computes there.
-    """
-    if device is None:
-        wanted = record.budget.gpu_bytes is not None or torch.cuda.is_available()
-        device = "cuda" if wanted else "cpu"
-    told = record.budget.host_bytes
-    if device == "cpu" or torch.cuda.is_available() or record.budget.gpu_bytes is None:
-        there = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-        record = resolve_budget(record, torch.device(there))
-    free = record.budget.host_bytes
-    if device == "cpu" and told is None and free is not None:
-        record = _beside_weights(record, free, weight_bytes)
-    return device, record
-
-
-def _beside_weights(record: Options, free: int, weight_bytes: int) -> Options:
-    """On a CPU the weights, not loaded yet, will take of the same memory."""
-    if weight_bytes >= free:
-        raise BudgetTooSmall(
-            f"the weights do not fit: they take {format_bytes(weight_bytes)} of host memory, and "
-            f"{format_bytes(free)} can be used now. Free memory that other processes hold, use "
-            "--dtype bfloat16 or a smaller model, or plan for another machine with --ram "
-            f"{2 * weight_bytes}",
-            tier="host",
-            budget_bytes=free,
-            needed_bytes=weight_bytes,
-        )
-    note = f"of these, the weights will take {format_bytes(weight_bytes)}"
-    budget = replace(record.budget, host_bytes=free - weight_bytes)
-    return replace(record, budget=budget, budget_reasons=(*record.budget_reasons, note))
-
-
 class Session:
     """A model with headinfer attached; a context manager.
 
@@ -204,9 +133,8 @@ class Session:
             self._first_plan = self._make_plan()
             self._chunk = self._first_plan.chunk_tokens
         self._attention = _attention_in_use(model)
-        self._names = _positional_names(model)
         self.warnings = preflight(model, self._options)
-        self._cache_name = cache_name(model)
+        self._arguments = PassArguments(model)
         self.graphs: StepGraphs | None = None
         self._step_graphs = step_graphs
         self._hooks: list[Any] = []
@@ -403,13 +331,13 @@ class Session:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._closed:  # the hook of a copied model
             return args, kwargs
-        named = self._named(args, kwargs)
-        if self._caches(named) and not module.training:
-            cache = self._supply(self._cache_among(named))
+        named = self._arguments.named(args, kwargs)
+        if self._arguments.caches(named) and not module.training:
+            cache = self._supply(self._arguments.cache_among(named))
             self._note_tokens(named, cache)
-            args, kwargs = self._with_cache(args, kwargs, cache)
-            named = self._named(args, kwargs)
-        self._passes.begin(*self._lengths(named))
+            args, kwargs = self._arguments.with_cache(args, kwargs, cache)
+            named = self._arguments.named(args, kwargs)
+        self._passes.begin(*self._arguments.lengths(named))
         return args, kwargs
 
     def _after_forward(
@@ -419,64 +347,13 @@ class Session:
             return
         if self.cache is not None:
             self.cache.log.passing = False
-        past, new = self._lengths(self._named(args, kwargs))
+        past, new = self._arguments.lengths(self._arguments.named(args, kwargs))
         self._passes.end(max(past - new, 0), new)
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
-
-    def _cache_among(self, named: dict[str, Any]) -> Any:
-        """The cache of a forward pass; None if it is given none.
-
-        Raises:
-            UnsupportedAttention: it is not a cache of transformers that grows.
-        """
-        cache = cache_given(named, self._cache_name)
-        if cache is None or isinstance(cache, Cache):
-            return cache
-        reason = (
-            f"{type(cache).__name__} is no Cache of transformers: its paged cache (continuous "
-            "batching) keeps keys on the GPU, and tuples of keys are of older versions"
-        )
-        raise UnsupportedAttention(
-            f"{type(self.model).__name__} is given a cache that cannot be kept head by head: {reason}. "
-            "Give none, a DynamicCache or a headinfer.HeadCache",
-            reasons=[reason],
-        )
-
-    def _caches(self, named: dict[str, Any]) -> bool:
-        """Whether this forward pass would use a cache."""
-        asked = named.get("use_cache")
-        if asked is None:
-            text = self.model.config.get_text_config(decoder=True)
-            asked = self._cache_among(named) is not None or getattr(text, "use_cache", True)
-        return bool(asked)
-
-    def _lengths(self, named: dict[str, Any]) -> tuple[int, int]:
-        """Tokens in the cache, and new ones."""
-        cache = self._cache_among(named)
-        past = 0 if cache is None else length_of(cache)
-        for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
-            given = named.get(name)
-            if given is not None:
-                return past, int(given.shape[1])
-        return past, 0
 
     def _note_tokens(self, named: dict[str, Any], cache: Any) -> None:
         if isinstance(cache, HeadCache):
             ids = named.get("input_ids")
             cache.log.note(length_of(cache), ids, named.get("attention_mask"))
-
-    def _with_cache(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        name = self._cache_name
-        place = self._names.index(name) if name in self._names else len(args)
-        if place < len(args):
-            return (*args[:place], cache, *args[place + 1 :]), kwargs
-        # Under the model's own name for it, whichever it was given by: the old one warns.
-        others = {key: value for key, value in kwargs.items() if key not in names_for(name)}
-        return args, {**others, name: cache}
 
     def _supply(self, given: Any) -> Any:
         """The cache of a forward pass, which learns the length if `generate()` told."""
@@ -526,12 +403,6 @@ def session_of(model: nn.Module) -> Session | None:
         if isinstance(owner, Session) and not owner._closed:
             return owner
     return None
-
-
-def _positional_names(model: nn.Module) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [found.name for found in parameters if found.kind in kinds]
 
 
 def _is_fresh(cache: Any) -> bool:

@@ -18,7 +18,7 @@ from headinfer.budget import MIB, format_bytes, parse_bytes
 from headinfer.cost import Prediction, chunk_cost, predict
 from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Geometry, Weights
-from headinfer.hf.attach import resolved_for
+from headinfer.hf.ahead import resolved_for
 from headinfer.hf.backing import CacheOptions, options_from
 from headinfer.hf.geometry import geometry_of
 from headinfer.hf.remembered import known_rates, with_disk

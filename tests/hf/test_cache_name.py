@@ -19,6 +19,7 @@ from headinfer.hf.cache_name import (
     cache_given,
     cache_name,
     cache_returned,
+    names_for,
 )
 
 
@@ -76,16 +77,21 @@ def test_a_cache_is_found_under_either_name(name: str) -> None:
     assert cache_given({"use_cache": True}) is None
 
 
-def test_an_attached_model_takes_either_name_and_warns_of_none(
+def test_a_model_with_the_old_name_may_mean_something_else_by_the_new() -> None:
+    assert cache_given({"cache": 7}, "past_key_values") is None
+    assert names_for("cache") == NAMES
+
+
+def test_an_attached_model_takes_every_name_it_may_and_warns_of_none(
     llama: PreTrainedModel, ids: Any
 ) -> None:
     found = []
     with headinfer.attach(llama) as run, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in NAMES:
+        for name in names_for(cache_name(llama)):
             output = llama(ids(20), **{name: DynamicCache(config=llama.config)})
             assert cache_returned(output) is run.cache
             assert run.cache is not None
             assert run.cache.get_seq_length() == 20
             found.append(output.logits)
-    assert torch.equal(*found)
+    assert all(torch.equal(logits, found[0]) for logits in found)

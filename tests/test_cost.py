@@ -153,3 +153,13 @@ def test_the_best_of_two_measurements_is_the_best_of_every_figure():
     assert best.near_bytes_s == GPU.near_bytes_s
     assert best.seconds == 3.5
     assert CPU.best_of(CPU).h2d_bytes_s is None
+
+
+def test_the_fewest_threads_that_are_as_fast_are_enough():
+    assert GPU.threads_enough is None
+    many = replace(GPU, near_by_threads={1: 8e9, 2: 16e9, 4: 31e9, 8: 99e9, 16: 101e9})
+    assert many.threads_enough == 8
+    assert Rates.from_dict(json.loads(json.dumps(many.as_dict()))) == many
+    assert "99.0 GB/s at 8" in str(many)
+    busy = replace(many, near_by_threads={1: 9e9, 2: 12e9, 16: 90e9})
+    assert busy.best_of(many).near_by_threads == {1: 9e9, 2: 16e9, 16: 101e9}

@@ -16,7 +16,7 @@ from headinfer.cost import request_s
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
-from headinfer.plan import activation_bytes, hiding_tokens, make_plan
+from headinfer.plan import NEAR_SHARE, activation_bytes, hiding_tokens, make_plan
 from headinfer.rates import Rates
 from headinfer.reach import longest_context
 
@@ -358,3 +358,35 @@ def test_a_shorter_chunk_is_chosen_where_it_leaves_room_for_heads_that_pay():
         by_memory, rates, prompt_tokens=16_384
     )
     assert any("leave room for fewer heads" in reason for reason in by_time.reasons)
+
+
+def test_a_measured_machine_decides_the_first_share_and_the_threads_of_the_cpu():
+    rates = Rates(
+        machine="made up",
+        dtype="bfloat16",
+        block_flops=400e12,
+        attention_flops={128: 500e12},
+        weight_bytes_s=3e12,
+        resident_bytes_s=2e12,
+        layer_s=1e-4,
+        token_s=1e-3,
+        h2d_bytes_s=50e9,
+        near_bytes_s=75e9,
+        near_by_threads={1: 10e9, 8: 98e9, 16: 100e9},
+    )
+    asked = replace(options(24 * GIB, 100 * GIB, expected_tokens=131072), rates=rates)
+    plan = make_plan(llama3_8b(), asked, device="cuda")
+    assert (plan.near_share, plan.threads) == (0.6, 8)
+    assert plan.as_dict()["threads"] == 8
+    (reason,) = [reason for reason in plan.reasons if "threads attend" in reason]
+    assert reason == "8 threads attend on the CPU, at 98 GB/s; all 16 would at 100 GB/s"
+    unknown = make_plan(llama3_8b(), replace(asked, rates=None), device="cuda")
+    assert (unknown.near_share, unknown.threads) == (NEAR_SHARE, None)
+    uneven = replace(rates, near_bytes_s=25e9, near_by_threads={1: 10e9, 8: 25e9, 16: 50e9})
+    plan = make_plan(llama3_8b(), replace(asked, rates=uneven), device="cuda")
+    assert (plan.near_share, plan.threads) == (0.33, None)
+    streams = make_plan(llama3_8b(), replace(asked, near_data=0.0), device="cuda")
+    assert streams.threads is None
+    assert (
+        make_plan(llama3_8b(0), replace(asked, budget=options().budget), device="cpu").threads == 8
+    )

@@ -32,6 +32,7 @@ class Plan:
             for no limit.
         near_share: of the offloaded heads, the share the CPU attends in decode, at first.
         near_adapts: that share follows what the machine does.
+        threads: of the native kernel, where fewer than all do as well; None for all.
         kv_format: name of the stored format.
         budget: what is allowed, resolved: None only where there is no limit.
         gpu_parts: predicted peak on the GPU, part by part, bytes.
@@ -64,6 +65,7 @@ class Plan:
     disk_bytes: int = 0
     disk_buffer_bytes: int = 0
     host_computes: bool = False
+    threads: int | None = None
 
     @property
     def host_room(self) -> int | None:
@@ -115,6 +117,7 @@ class Plan:
             "offloaded_heads": self.offloaded_heads,
             "near_share": self.near_share,
             "near_adapts": self.near_adapts,
+            "threads": self.threads,
             "kv_format": self.kv_format,
             "slot_bytes": self.slot_bytes,
             "num_slots": self.num_slots,

@@ -50,6 +50,7 @@ class RunnerSettings:
         attention: implementation to insist on, or "auto".
         near_share: of the offloaded heads, the share the CPU attends in passes of few tokens.
         near_adapts: that share follows what ends last, the CPU or the stream.
+        threads: of the native kernel; None for as many as torch has.
         disk: takes what the host budget does not; None for no disk.
         at_once: all layers are on one compute device, which may give memory to their resident heads
             before the first of them is computed.
@@ -71,6 +72,7 @@ class RunnerSettings:
     attention: str = AUTO
     near_share: float = 0.0
     near_adapts: bool = False
+    threads: int | None = None
     disk: DiskSettings | None = None
     host_computes: bool = False
     at_once: bool = False

@@ -142,7 +142,7 @@ class NearData:
     ) -> NearJob:
         self._finished += stream.finished()
         nbytes = sum(run.k.nbytes + run.v.nbytes for run in runs)
-        num_threads = max(1, native.threads() - SPARED_THREADS)
+        num_threads = max(1, min(native.threads(), torch.get_num_threads() - SPARED_THREADS))
 
         def job_for(down: Tensor, found: Partial) -> NativeJob:
             return NativeJob(

@@ -42,7 +42,7 @@ GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
 LEAST_CHUNK_TOKENS = BLOCK_TOKENS
 NEAR_SHARE = 0.6
-"""Of the offloaded heads, what the CPU attends at first: an AVX-512 kernel on 16 threads read
+"""Of the offloaded heads, what the CPU attends at first where no rates were measured: an AVX-512 kernel on 16 threads read
 108 GB/s where PCIe 5 brought 53."""
 
 __all__ = ["Plan", "activation_bytes", "hiding_tokens", "make_plan"]
@@ -59,7 +59,7 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch={batch!r} is not usable; give a whole number >= 1")
-    plan = _in_a_format(geometry, options, device, batch)
+    plan = _with_threads(_in_a_format(geometry, options, device, batch), options)
     return replace(plan, reasons=(*plan.reasons, *options.budget_reasons))
 
 
@@ -101,6 +101,31 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
             budget_bytes=too_small.budget_bytes,
             needed_bytes=too_small.needed_bytes,
         ) from too_small
+
+
+def _with_threads(plan: Plan, options: Options) -> Plan:
+    """As many threads attend on the CPU as make a difference."""
+    rates = options.rates
+    enough = None if rates is None else rates.threads_enough
+    attends = plan.device == "cpu" or (plan.offloaded_heads and plan.near_share)
+    if rates is None or enough is None or not attends or enough == max(rates.near_by_threads):
+        return plan
+    most = max(rates.near_by_threads)
+    reason = (
+        f"{enough} threads attend on the CPU, at {rates.near_by_threads[enough] / 1e9:.0f} GB/s; all "
+        f"{most} would at {rates.near_by_threads[most] / 1e9:.0f} GB/s"
+    )
+    return replace(plan, threads=enough, reasons=(*plan.reasons, reason))
+
+
+def _first_share(options: Options) -> float:
+    """Of the offloaded heads, what the CPU attends at first."""
+    if options.near_data is not None:
+        return options.near_data
+    rates = options.rates
+    if rates is None or not rates.near_bytes_s or not rates.h2d_bytes_s:
+        return NEAR_SHARE
+    return round(rates.near_bytes_s / (rates.near_bytes_s + rates.h2d_bytes_s), 2)
 
 
 def _plan(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
@@ -308,7 +333,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         write_bytes=write_bytes,
         resident_heads=residents_of(geometry, 0),
         resident_bytes=None,
-        near_share=NEAR_SHARE if options.near_data is None else options.near_data,
+        near_share=_first_share(options),
         near_adapts=options.near_data is None,
         kv_format=options.kv_format or EXACT.name,
         budget=options.budget,

@@ -17,6 +17,9 @@ PAGEABLE_BYTES_S = 6e9
 """Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
 gave this."""
 
+THREADS_SHARE = 0.97
+"""Of the best rate, what is as good: fewer threads leave processors to others."""
+
 HIGHER_IS_BETTER = (
     "block_flops",
     "weight_bytes_s",
@@ -48,6 +51,8 @@ class Rates:
         d2h_bytes_s: device to host; None on a CPU.
         near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
             CPU, where that is `resident_bytes_s`.
+        near_by_threads: keys and values that the native kernel attends per second while nothing else
+            runs, by its threads; empty without the native library.
         host_read_bytes_s: host memory read by all threads.
         pin_s_per_gib: mapping, touching and page-locking memory; None on a CPU.
         pageable_bytes_s: host to device from memory that is not page-locked.
@@ -73,12 +78,22 @@ class Rates:
     block_rows: int = BLOCK_ROWS
     disk_read_bytes_s: float | None = None
     disk_write_bytes_s: float | None = None
+    near_by_threads: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     version: int = field(default=VERSION)
 
     def attention_flops_of(self, dim: int) -> float:
         """The rate at the nearest head dim measured."""
         return self.attention_flops[min(self.attention_flops, key=lambda known: abs(known - dim))]
+
+    @property
+    def threads_enough(self) -> int | None:
+        """The fewest threads that attend as fast as any number of them does, within `THREADS_SHARE`;
+        None where that was not measured."""
+        if not self.near_by_threads:
+            return None
+        best = max(self.near_by_threads.values())
+        return min(n for n, rate in self.near_by_threads.items() if rate >= THREADS_SHARE * best)
 
     def best_of(self, other: Rates) -> Rates:
         """The higher of both rates and the shorter of both times, one by one: whatever else a
@@ -93,6 +108,11 @@ class Rates:
         found["attention_flops"] = {
             dim: max(self.attention_flops[dim], other.attention_flops[dim]) for dim in sorted(dims)
         }
+        counts = self.near_by_threads.keys() & other.near_by_threads.keys()
+        found["near_by_threads"] = {
+            count: max(self.near_by_threads[count], other.near_by_threads[count])
+            for count in sorted(counts)
+        }
         return replace(self, **found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,8 +125,11 @@ class Rates:
         if found.get("version") != VERSION:
             return None
         try:
-            dims = {int(dim): float(rate) for dim, rate in found["attention_flops"].items()}
-            return cls(**{**found, "attention_flops": dims})
+            numbered = {
+                name: {int(number): float(rate) for number, rate in found.get(name, {}).items()}
+                for name in ("attention_flops", "near_by_threads")
+            }
+            return cls(**{**found, **numbered})
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -129,6 +152,9 @@ class Rates:
                 f"{self.token_s * 1e3:.2f} ms more"
             ),
         ]
+        if self.near_by_threads:
+            counts = ", ".join(f"{gb(rate)} at {n}" for n, rate in self.near_by_threads.items())
+            lines.append(f"  the native kernel attends, by threads: {counts}")
         if self.disk_read_bytes_s is not None:
             lines.append(
                 f"  the disk is read at {gb(self.disk_read_bytes_s)}, written at "

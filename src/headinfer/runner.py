@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headinfer.attention import native
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.heads import (
@@ -66,6 +67,7 @@ class Runner:
         self.settings = settings
         self.layers: dict[int, Layer] = {}
         self._engine_for = engine or default_engine
+        native.suggest_threads(settings.threads)
         self._links: dict[torch.device, Link] = {}
         self._provision = Provision(settings, disk_queue)
         self._balance = Balance(settings.near_share, settings.near_adapts)

@@ -285,9 +285,11 @@ def test_importing_loads_no_library() -> None:
 @pytest.fixture
 def as_before() -> Iterator[None]:
     choose.cache_clear()
+    native.suggest_threads(None)
     yield
     choose.cache_clear()
     native.set_threads(None)
+    native.suggest_threads(None)
 
 
 @pytest.mark.usefixtures("as_before")
@@ -360,6 +362,18 @@ def test_the_thread_count_follows_torch_until_it_is_set():
     assert native.threads() == 5
     assert "with 5 threads" in native.described()
     native.set_threads(None)
+    assert native.threads() == torch.get_num_threads()
+
+
+@needs_library
+@pytest.mark.usefixtures("as_before")
+def test_a_suggestion_holds_until_a_count_is_set_and_never_adds_threads():
+    native.suggest_threads(1)
+    assert native.threads() == 1
+    native.set_threads(3)
+    assert native.threads() == 3
+    native.set_threads(None)
+    native.suggest_threads(torch.get_num_threads() + 7)
     assert native.threads() == torch.get_num_threads()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from headinfer.attention import native
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.hf import probe
 from headinfer.hf.forecast import contexts_up_to, forecast
@@ -50,6 +51,10 @@ def test_this_machine_is_measured_once_and_remembered(cache: Path) -> None:
     for rate in (rates.weight_bytes_s, rates.resident_bytes_s, rates.host_read_bytes_s):
         assert rate is not None
         assert 1e6 < rate < 1e13
+    if native.why_absent() is None:
+        assert {1, torch.get_num_threads()} <= set(rates.near_by_threads)
+        assert all(1e8 < rate < 1e13 for rate in rates.near_by_threads.values())
+        assert rates.threads_enough in rates.near_by_threads
     assert rates.h2d_bytes_s is rates.pin_s_per_gib is None
     assert known_rates(CPU, torch.float32) == rates_for(CPU, torch.float32) == rates
     assert known_rates(CPU, torch.bfloat16) is None

@@ -38,6 +38,7 @@ LEVEL_VARIABLE = "HEADINFER_NATIVE_LEVEL"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAME = "native"
 _threads: int | None = None
+_enough: int | None = None
 
 
 class NativeAttention:
@@ -165,12 +166,23 @@ def function_address(name: str) -> int:
 
 
 def threads() -> int:
-    """Threads of a call, its own included: what `set_threads` said, or else torch's number."""
-    return torch.get_num_threads() if _threads is None else _threads
+    """Threads of a call, its own included: what `set_threads` said, or else torch's number, and no
+    more than are known to make a difference."""
+    if _threads is not None:
+        return _threads
+    count = torch.get_num_threads()
+    return count if _enough is None else min(count, _enough)
+
+
+def suggest_threads(count: int | None) -> None:
+    """No more than `count` threads make a difference on this machine; None if that is not known."""
+    global _enough
+    _enough = None if count is None else checked_threads(count)
 
 
 def set_threads(count: int | None) -> None:
-    """Later calls run on `count` threads; None follows `torch.get_num_threads()` again.
+    """Later calls run on `count` threads, whatever was suggested; None follows that, and
+    `torch.get_num_threads()`, again.
 
     Raises:
         InputError: not an integer from 1 to MAX_THREADS.

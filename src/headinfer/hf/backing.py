@@ -166,6 +166,7 @@ def settings_of(
         wanted_bytes=wanted_bytes,
         near_share=plan.near_share,
         near_adapts=plan.near_adapts,
+        threads=plan.threads,
         kv_format=plan.kv_format,
         attention=options.attention,
         disk=disk,

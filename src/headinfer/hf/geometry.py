@@ -115,8 +115,11 @@ def resolve_budget(options: Options, device: torch.device) -> Options:
             )
         disk = free if disk is None else min(disk, free)
     budget = MemoryBudget(gpu_bytes=gpu, host_bytes=host, disk_bytes=disk)
-    # What decides the chunk was measured in the type that models on a GPU have.
-    rates = known_rates(device, torch.bfloat16, options.disk) if device.type == "cuda" else None
+    # What decides the chunk was measured in the type that models on a GPU have; on a CPU the type
+    # decides nothing of the plan.
+    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    measured = (known_rates(device, dtype, options.disk) for dtype in dtypes)
+    rates = next((found for found in measured if found is not None), None)
     return replace(options, budget=budget, near_data=near, rates=rates, budget_reasons=tuple(notes))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         h2d_bytes_s=copies[0],
         d2h_bytes_s=copies[1],
         near_bytes_s=near,
+        near_by_threads=_by_threads(dtype, (512 if gpu else 128) * MIB),
         host_read_bytes_s=_host_read(),
         pin_s_per_gib=pin,
         pageable_bytes_s=_pageable(clock, device) if gpu else PAGEABLE_BYTES_S,
@@ -224,6 +226,22 @@ def _token_attention(
         beside()
     seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5), times=3)
     return (k.nbytes + v.nbytes) / seconds
+
+
+def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
+    """Bytes/s that the native kernel attends, by threads: powers of two, and all there are."""
+    if native.why_absent() is not None:
+        return {}
+    dim, heads, most = 128, 4, torch.get_num_threads()
+    keys = nbytes // (2 * heads * dim * dtype.itemsize)
+    q = torch.randn((1, 4 * heads, 1, dim), dtype=dtype)
+    k, v = (torch.zeros((1, heads, keys, dim), dtype=dtype) for _ in range(2))
+    clock, found = _Clock(torch.device("cpu")), {}
+    for count in sorted({*(2**power for power in range(most.bit_length())), most}):
+        if count <= most:
+            run = partial(native.attend, q, k, v, scale=dim**-0.5, num_threads=count)
+            found[count] = (k.nbytes + v.nbytes) / clock.seconds(run, times=3)
+    return found
 
 
 def _near(device: torch.device, dtype: torch.dtype) -> float:

@@ -89,6 +89,11 @@ class Layer:
         return self.ranges[0].store.length
 
     @property
+    def stored(self) -> int:
+        """Tokens that some of the offloaded heads have written back."""
+        return max((heads.store.stored for heads in self.offloaded), default=0)
+
+    @property
     def batch(self) -> int:
         return self.ranges[0].store.batch
 

@@ -309,7 +309,12 @@ class Runner:
         """The tokens before the first that could not be written to disk; None if all could."""
         for engine in self._disk_engines():
             engine.drain()
-        starts = [error.start for engine in self._disk_engines() for error in engine.lost]
+        disk = self._provision.disk
+        starts = [
+            place.start
+            for place in ([] if disk is None else disk.lost())
+            if place.layer in self.layers and self.layers[place.layer].stored > place.start
+        ]
         return min(starts, default=None)
 
     def _disk_engines(self) -> list[DiskEngine]:

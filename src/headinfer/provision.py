@@ -53,7 +53,7 @@ class Provision:
         ranges: list[DirectHeads | OffloadedHeads | PackedInPlace] = []
         codec = _codec(shape, link)
         group, expected = HeadGroup(0, resident), settings.expected_tokens
-        if resident and codec is not None and not settings.staging:
+        if resident and codec is not None and (settings.host_computes or not settings.staging):
             host = self.host()
             ranges.append(PackedInPlace(host, shape, group, codec=codec, expected_tokens=expected))
         elif resident:
@@ -69,13 +69,14 @@ class Provision:
         codec = _codec(layer.shape, link)
         if codec is not None:
             return PackedHeads(
-                self.host(),
+                self._offloaded_tier(),
                 layer.shape,
                 heads,
                 engine=link.engine,
                 device=layer.device,
                 codec=codec,
                 expected_tokens=self.settings.expected_tokens,
+                layer=layer.index,
             )
         return OffloadedHeads(
             self._offloaded_tier(),
@@ -92,9 +93,9 @@ class Provision:
         self, heads: DirectHeads | OffloadedHeads | PackedInPlace, device: torch.device
     ) -> Tier:
         """Where such heads lie."""
-        if isinstance(heads, DirectHeads):
-            return self._resident_tier_of(device)
-        return self._offloaded_tier()
+        if isinstance(heads, OffloadedHeads):
+            return self._offloaded_tier()
+        return self._resident_tier_of(device)
 
     @property
     def resident_tier(self) -> str:
@@ -110,6 +111,8 @@ class Provision:
                 budget_bytes=self.settings.host_bytes,
                 pin=self.pin,
                 wanted_bytes=self.settings.wanted_bytes,
+                kept_bytes=self.settings.kept_bytes,
+                beside_bytes=self.settings.beside_bytes,
                 touch=native.touch if native.why_absent() is None else None,
             )
         return self._host

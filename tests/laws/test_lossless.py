@@ -4,6 +4,8 @@ to the cache, with copies as late as allowed, and bytes as bad as they come."""
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,19 +13,32 @@ from hypothesis import strategies as st
 
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
+from headinfer.blocks import CHUNK_BYTES
 from headinfer.errors import LosslessCorrupt, TierFull
 from headinfer.formats.lossless import BlockLayout
 from headinfer.heads import PackedHeads, PackedInPlace
-from headinfer.layer import RunnerSettings
+from headinfer.layer import DiskSettings, RunnerSettings
+from headinfer.layout import aligned
 from headinfer.runner import Runner
 from headinfer.testing.blocks import bits_of
+from headinfer.testing.disks import Trouble
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
 from headinfer.totals import Query
 
+KEPT = aligned(max(1, CHUNK_BYTES // BlockLayout(16).entry_bytes) * BlockLayout(16).entry_bytes)
+"""What overflow grows by."""
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 2
-PLACEMENTS = ["in place", "staged", "partly resident", "demoting", "near half", "near"]
+# Heads that stay above the disk: where the CPU computes, and beside a device.
+HOST_AND_DISK = {"disk": (), "host and disk": (1, 2), "leaving host memory": (9, 9)}
+SPILLING = {"spilling": (1, 0), "nothing but disk": (), "near and disk": ()}
+PLACEMENTS = [
+    *("in place", "staged", "partly resident", "demoting", "near half", "near"),
+    *HOST_AND_DISK,
+    *SPILLING,
+]
 
 
 def late_engine(device):
@@ -31,22 +46,36 @@ def late_engine(device):
 
 
 def make_runner(device, kv_format, placement, *, late=True, slot_bytes=2**16, **more):
-    residents = {"partly resident": (1, 2), "demoting": (9, 9)}.get(placement, ())
+    residents = {"partly resident": (1, 2), "demoting": (9, 9), **HOST_AND_DISK, **SPILLING}
+    shares = {"near half": 0.5, "near": 1.0, "near and disk": 0.5}
+    how = {}
     if placement == "demoting":  # room for a part only
         more.setdefault("resident_bytes", 120_000)
-    more.setdefault("near_share", {"near half": 0.5, "near": 1.0}.get(placement, 0.0))
+    if placement in HOST_AND_DISK or placement in SPILLING:
+        more.setdefault("disk", DiskSettings(tempfile.gettempdir()))
+        more["host_computes"] = placement in HOST_AND_DISK and torch.device(device).type == "cpu"
+        if placement == "leaving host memory":  # what packed blocks keep there does not leave
+            more.setdefault("host_bytes", 200_000 + 4 * KEPT * (kv_format == "lossless"))
+        elif placement in SPILLING:
+            room = 0 if placement == "nothing but disk" else 150_000
+            more.setdefault("host_bytes", room + 20 * KEPT * (kv_format == "lossless"))
+        if kv_format == "lossless":
+            more.setdefault("kept_bytes", more.get("host_bytes", 0) // KEPT * KEPT)
+        how["disk_queue"] = more.pop("trouble", Trouble(seed=slot_bytes)).queue
+    more.setdefault("near_share", shares.get(placement, 0.0))
     return Runner(
         RunnerSettings(
             staging=placement != "in place" or device == "cuda",
             slot_bytes=slot_bytes,
             num_slots=3,
             write_bytes=2**18,
-            resident_heads=residents,
+            resident_heads=residents.get(placement, ()),
             kv_format=kv_format,
             poison=True,
             **more,
         ),
         engine=late_engine if late else None,
+        **how,
     )
 
 
@@ -156,8 +185,10 @@ def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data)
         expected_tokens=data.draw(st.sampled_from([None, 2000]), label="expected tokens"),
     )
     # In place, runs of tokens are attended one by one, and without a length told they are cut
-    # elsewhere: another order of the same sums.
-    pair.same = placement != "in place" or pair.packed.settings.expected_tokens is not None
+    # elsewhere: another order of the same sums. Fewer bytes leave host memory later.
+    in_place = placement in ("in place", "host and disk")
+    pair.same = not in_place or pair.packed.settings.expected_tokens is not None
+    pair.same = pair.same and placement != "leaving host memory"
     pair.forward(data.draw(st.sampled_from([1, 127, 128, 129, 300, 700]), label="prompt"), batch)
     for _ in range(data.draw(st.integers(0, 6), label="steps")):
         kind = data.draw(
@@ -177,7 +208,7 @@ def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data)
                 st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"
             )
             pair.reorder(rows)
-            pair.same = pair.same and placement != "in place"
+            pair.same = pair.same and not in_place
             batch = len(rows)
     pair.finish()
 

@@ -12,8 +12,9 @@ from headinfer.heads.codec import Codec
 from headinfer.heads.direct import DirectHeads
 from headinfer.heads.memory import Adopt, Guard, KVShape, Mapped, Piece, SavedLayer, of_group
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
-from headinfer.heads.packed import PackedHeads, PackedInPlace
-from headinfer.heads.packed_memory import PackedPiece
+from headinfer.heads.packed import PackedHeads
+from headinfer.heads.packed_in_place import PackedInPlace
+from headinfer.heads.packed_pieces import PackedPiece
 
 __all__ = [
     "Adopt",

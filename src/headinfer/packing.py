@@ -24,6 +24,11 @@ def why_plain(geometry: Geometry) -> str | None:
     return reasons[0] if reasons and None not in reasons else None
 
 
+def packs(geometry: Geometry, kv_format: str) -> bool:
+    """Whether `kv_format` packs the keys and values of some layer."""
+    return kv_format == LOSSLESS.name and bool(geometry.full_layers) and why_plain(geometry) is None
+
+
 def stored_head_bytes(
     geometry: Geometry, layer: LayerGeometry, tokens: int, *, kv_format: str, in_place: bool
 ) -> int:

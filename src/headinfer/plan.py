@@ -31,6 +31,7 @@ from headinfer.layout import ALIGNMENT, BLOCK_TOKENS
 from headinfer.options import Options
 from headinfer.packing import (
     overflow_bytes,
+    packs,
     ratio_of,
     ring_slot_bytes,
     why_plain,
@@ -39,7 +40,6 @@ from headinfer.spread import (
     buffers_beside_gpu,
     check_page_locked,
     kept_beside_gpu,
-    packs,
     plan_on_cpu,
     stored_bytes,
     with_spill,
@@ -78,7 +78,7 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
     if options.kv_format is not None:
         plan = _plan(geometry, options, device, batch)
         return _with_format_reason(plan, "as asked for")
-    if why_plain(geometry) is not None:
+    if not packs(geometry, LOSSLESS.name):
         return _plan(geometry, exact, device, batch)
     try:
         return _plan(geometry, exact, device, batch)

@@ -14,17 +14,17 @@ from headinfer.budget import MIB, format_bytes
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import offloadable_heads, unpacked_bytes, write_buffer_bytes
-from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerKind
+from headinfer.geometry import EXACT, Geometry, LayerKind
 from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
 from headinfer.packing import (
     kept_bytes,
+    packs,
     resident_head_bytes,
     ring_slot_bytes,
     run_padding,
     slotted_head_bytes,
     stored_head_bytes,
-    why_plain,
 )
 
 PAGE = 4096
@@ -93,11 +93,6 @@ def ring_on_cpu(
             return ring
         slot = slot if fixed else max(slot // 2, least_slot)
         write = max(write // 2, least_write)
-
-
-def packs(geometry: Geometry, kv_format: str) -> bool:
-    """Whether some keys and values are packed."""
-    return kv_format == LOSSLESS.name and why_plain(geometry) is None
 
 
 def buffers_beside_gpu(slot_bytes: int, num_slots: int) -> int:

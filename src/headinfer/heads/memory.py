@@ -157,7 +157,7 @@ class SegmentMemory:
         if room == count * unit.width:
             return self.tier.view(extent, offset, (*leading, count, unit.width), unit.dtype)
         padded = self.tier.view(extent, offset, (*leading, room), unit.dtype)
-        return padded[:, :, : count * unit.width].unflatten(2, (count, unit.width))
+        return padded[:, :, : count * unit.width].view(*leading, count, unit.width)
 
     def _run_room(self, unit: Unit, capacity: int) -> int:
         """Bytes from one head and row to the next. On disk each begins with a block of the file, so

@@ -122,13 +122,14 @@ class PackedHeads(OffloadedHeads):
         whole = _whole(tile.span).tokens
         nbytes = heads * self.shape.token_bytes(batch) * whole + aligned(1)
         if tile.layer >= 0:
-            plain = self._views(self.codec.scratch(nbytes), heads, batch, whole)
+            found = self._views(self.codec.scratch(nbytes), heads, batch, whole)
         else:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            plain = self._new_views(buffer, heads, batch, whole)
-        for slots, out in zip(packed, plain, strict=True):
+            found = self._new_views(buffer, heads, batch, whole)
+        for slots, out in zip(packed, found, strict=True):
             self.codec.decode(slots, out, tile.layer)
-        return Piece(tile.span.start, *(x[:, :, :tokens].transpose(0, 1) for x in plain))
+        plain_k, plain_v = (x[:, :, :tokens].transpose(0, 1) for x in found)
+        return Piece(tile.span.start, plain_k, plain_v)
 
     def stored_pieces(self, span: Span) -> list[Any]:
         return self._memory.stored_pieces(self.store, span)

@@ -231,9 +231,8 @@ def test_a_disk_too_small_for_plain_bytes_offers_packed_ones_or_takes_them():
         make_plan(geometry, options, device="cuda")
     assert caught.value.tier == "disk"
     make_plan(geometry, replace(options, kv_format="lossless"), device="cuda")
-    plan = make_plan(
-        geometry, replace(options, budget=MemoryBudget(None, 2 * GIB, 12 * GIB)), device="cpu"
-    )
+    options = asked(2 * GIB, 12 * GIB, expected_tokens=2**17)
+    plan = make_plan(geometry, options, device="cpu")
     assert plan.kv_format == "lossless"
     assert "which the disk budget does not allow" in str(plan)
 

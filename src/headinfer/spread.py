@@ -340,7 +340,7 @@ def kept_beside_gpu(plan: Plan) -> int:
         in_place=False,
     )
     if plan.expected_tokens is None and plan.host_room is not None:
-        kept += plan.host_room // UNKNOWN_SHARE
+        kept += max(plan.host_room - kept, 0) // UNKNOWN_SHARE
     return kept
 
 

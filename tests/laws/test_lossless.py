@@ -4,6 +4,9 @@ to the cache, with copies as late as allowed, and bytes as bad as they come."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import tempfile
 
 import pytest
@@ -14,9 +17,9 @@ from hypothesis import strategies as st
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
 from headinfer.blocks import CHUNK_BYTES
-from headinfer.errors import LosslessCorrupt, TierFull
+from headinfer.errors import DiskError, LosslessCorrupt, TierFull
 from headinfer.formats.lossless import BlockLayout
-from headinfer.heads import PackedHeads, PackedInPlace
+from headinfer.heads import Codec, PackedHeads, PackedInPlace
 from headinfer.layer import DiskSettings, RunnerSettings
 from headinfer.layout import aligned
 from headinfer.runner import Runner
@@ -382,4 +385,201 @@ def test_decoding_some_heads_at_a_time_is_the_same(without, monkeypatch):
     pair.forward(100, 2)  # too many rows for the kernel that reads packed keys
     pair.same = not without
     pair.forward(70, 2)
+    pair.finish()
+
+
+KINDS_OF_DISK = ["disk", "nothing but disk", "near and disk"]
+
+
+def on_disk(placement, trouble, *, dims=(64, 48), **more):
+    """All blocks on a disk that fails when `trouble` says so."""
+    return Pair("cpu", placement, dims=dims, late=False, trouble=trouble, slot_bytes=2**17, **more)
+
+
+def drained(pair):
+    for runner in pair.both:
+        for link in runner.links:
+            link.engine.drain()
+
+
+@pytest.mark.parametrize("placement", KINDS_OF_DISK)
+@pytest.mark.parametrize("code", [errno.EIO, 0])
+def test_a_packed_block_that_cannot_be_read_is_named_and_the_next_pass_works(placement, code):
+    trouble = Trouble(seed=2)
+    pair = on_disk(placement, trouble)
+    pair.exact = make_runner("cpu", "exact", placement, late=False, slot_bytes=2**17)
+    pair.forward(700, 1)
+    pair.forward(1, 1)
+    drained(pair)
+    pair.packed._settle()
+    trouble.read_code = code
+    with pytest.raises(DiskError, match=r"layer \d, head \d: (keys|values) of tokens \d") as caught:
+        pair.forward(1, 1)
+    assert caught.value.code == code
+    assert caught.value.start % 128 == 0
+    trouble.read_code = None
+    pair.crop(701)  # what the layers before had taken
+    pair.forward(1, 1)
+    pair.finish()
+
+
+@pytest.mark.parametrize("placement", KINDS_OF_DISK)
+@pytest.mark.parametrize("kind", ["normal", "mixed"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_packed_block_that_cannot_be_written_is_cropped_away(placement, kind, code):
+    """Blocks do not begin with blocks of the file: the last one written goes with the lost one. What
+    was set aside for raw ones comes back."""
+    trouble = Trouble(seed=3)
+    pair = on_disk(placement, trouble, kind=kind)
+    pair.exact = make_runner("cpu", "exact", placement, late=False, slot_bytes=2**17)
+    for _ in range(4):
+        pair.forward(128, 1)
+    drained(pair)
+    assert pair.packed.complete_tokens() is None
+    trouble.write_code = code
+    with pytest.raises(DiskError, match=os.strerror(code)) as caught:
+        for _ in range(4):
+            pair.forward(128, 1)
+    trouble.write_code = None
+    start = caught.value.start
+    assert start == pair.packed.complete_tokens()
+    assert 384 <= start <= 512
+    for layer in range(LAYERS):
+        assert min(runner.layers[layer].length for runner in pair.both) >= start
+    pair.crop(start)
+    assert pair.packed.complete_tokens() is None
+    for _ in range(3):
+        pair.forward(128, 1)
+    pair.forward(1, 1)
+    drained(pair)
+    assert pair.packed.complete_tokens() is None
+    overflows = [overflow_of(pair.packed, dim) for dim in pair.dims]
+    pair.finish()
+    assert [overflow.used for overflow in overflows] == [0, 0]
+
+
+@pytest.mark.parametrize("placement", ["disk", "nothing but disk"])
+def test_a_step_reads_three_quarters_from_disk(placement):
+    pair = on_disk(placement, Trouble(slow_s=0), dims=(128, 128), expected_tokens=1280)
+    for tokens in (1024, 1, 1, 1):
+        pair.forward(tokens, 1)
+    before = [runner.stats() for runner in pair.both]
+    for _ in range(5):
+        pair.forward(1, 1)
+    after = [runner.stats() for runner in pair.both]
+    exact, packed = (
+        now.disk_read_bytes - then.disk_read_bytes for then, now in zip(before, after, strict=True)
+    )
+    assert exact == 5 * LAYERS * 2 * 2 * 1024 * 128 * 2
+    assert packed == exact * BlockLayout(128).slot_bytes // (2 * 128 * 128)
+    assert after[1].dropped_tiles == before[1].dropped_tiles
+    assert set(pair.packed.ratios().values()) == {BlockLayout(128).slot_bytes / (2 * 128 * 128)}
+    pair.finish()
+
+
+def test_on_a_cpu_tiles_from_disk_are_attended_packed(monkeypatch):
+    """Nothing is decoded in a decode step but within the kernel."""
+    if native.why_absent() is not None:
+        pytest.skip(str(native.why_absent()))
+    pair = on_disk("disk", Trouble())
+    pair.forward(600, 1)
+    pair.forward(1, 1)
+    decoded = []
+    monkeypatch.setattr(
+        "headinfer.heads.packed_pieces.decode_on_host", lambda run, out, **how: decoded.append(run)
+    )
+    monkeypatch.setattr(Codec, "decode", lambda self, *how: decoded.append(how))
+    for _ in range(3):
+        pair.forward(1, 1)
+    assert decoded == []
+    monkeypatch.undo()
+    pair.finish()
+
+
+@pytest.mark.parametrize("placement", ["disk", "host and disk", "nothing but disk"])
+def test_forgetting_counting_and_copying_read_no_block_to_learn_which_are_raw(placement):
+    pair = on_disk(placement, Trouble(slow_s=0), kind="mixed")
+    pair.forward(1024, 1)
+    drained(pair)
+    read = pair.packed.stats().disk_read_bytes
+    assert 0.8 < max(pair.packed.ratios().values()) <= 1.02
+    pair.crop(512)
+    used = overflow_of(pair.packed, 64).used
+    assert used > 0
+    assert pair.packed.stats().disk_read_bytes == read
+    twin = pair.packed.clone()
+    assert overflow_of(twin, 64).used == used
+    assert twin.ratios() == pair.packed.ratios()
+    twin.close()
+    overflow = overflow_of(pair.packed, 64)
+    pair.finish()
+    assert overflow.used == 0
+
+
+def test_layers_go_to_disk_to_make_room_for_what_raw_blocks_leave_in_host_memory():
+    """Beside layers that are there already: what does not compress stays in host memory."""
+    chunk = max(1, CHUNK_BYTES // BlockLayout(64).entry_bytes) * BlockLayout(64).entry_bytes
+    host = 12 * aligned(chunk)
+    pair = on_disk("leaving host memory", Trouble(slow_s=0), kind="mixed", dims=(64, 64),
+                   host_bytes=host, kept_bytes=aligned(chunk))  # fmt: skip
+    pair.same = False
+    demoted = []
+    for _ in range(24):
+        pair.forward(512, 1)
+        stats = pair.packed.stats()
+        demoted.append(stats.demoted_heads)
+        assert stats.host_bytes <= host
+    assert demoted[0] == 0
+    assert demoted[-1] == 4
+    assert overflow_of(pair.packed, 64).entries * BlockLayout(64).entry_bytes > 2 * chunk
+    pair.finish()
+
+
+def test_layers_leave_host_memory_as_they_are_packed(monkeypatch):
+    """Blocks go to disk as they lie: nothing is decoded, nothing is encoded again."""
+    pair = on_disk("leaving host memory", Trouble(slow_s=0), kind="mixed", dims=(64, 64),
+                   host_bytes=8 * 2**20, kept_bytes=2**20)  # fmt: skip
+    pair.same = False
+    pair.forward(512, 1)
+    pair.forward(70, 1)
+    assert pair.packed.stats().disk_bytes == 0
+    used = overflow_of(pair.packed, 64).used
+    with monkeypatch.context() as no:
+        no.setattr(Codec, "encode", lambda self, *how: 1 / 0)
+        no.setattr(Codec, "decode", lambda self, *how: 1 / 0)
+        assert pair.packed._demote_some_layer()
+        assert pair.packed._demote_some_layer()
+        assert not pair.packed._demote_some_layer()
+    assert overflow_of(pair.packed, 64).used == used
+    held = sum(
+        one.entries * one.layout.entry_bytes
+        for one in pair.packed.links[0].codec.overflows.values()
+    )
+    assert 0 <= pair.packed.stats().host_bytes - held < 2**16  # labels
+    for tokens in (58, 300, 1):
+        pair.forward(tokens, 1)
+    pair.finish()
+
+
+def test_what_host_memory_has_no_room_for_names_a_budget_that_works():
+    """Nothing is left to leave host memory, and raw blocks still come."""
+    chunk = aligned(
+        max(1, CHUNK_BYTES // BlockLayout(64).entry_bytes) * BlockLayout(64).entry_bytes
+    )
+    how = {"kind": "mixed", "dims": (64, 64), "beside_bytes": 12345}
+    pair = on_disk("disk", Trouble(slow_s=0), host_bytes=2 * chunk, kept_bytes=2 * chunk, **how)
+    pair.same = False
+    with pytest.raises(TierFull, match=r"compress badly: .*kv_format='exact'") as caught:
+        forever(pair)
+    assert caught.value.tier == "host"
+    held = pair.length
+    pair.crop(held)
+    pair.forward(1, 1)
+    named = int(re.search(r"raise host_memory to (\d+) bytes", str(caught.value))[1])
+    pair.finish()
+    room = named - 12345
+    pair = on_disk("disk", Trouble(slow_s=0), host_bytes=room, kept_bytes=room, **how)
+    pair.same = False
+    while pair.length <= held:
+        pair.forward(256, 1)
     pair.finish()

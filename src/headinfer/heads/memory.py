@@ -16,8 +16,10 @@ from headinfer.heads.pieces import Piece as Piece
 from headinfer.heads.pieces import clip as clip
 from headinfer.heads.pieces import of_group as of_group
 from headinfer.layout import Extent, HeadGroup, Span, aligned
+from headinfer.spill import SpillTier
 from headinfer.store import Run, Segment
 from headinfer.tiers import HostTier, Tier
+from headinfer.tiers.disk import ARENA as ON_DISK
 from headinfer.tiers.disk import DiskTier, Place, whole_blocks
 
 GATHER_BYTES = 32 * 2**20
@@ -101,6 +103,12 @@ class Unit(NamedTuple):
         """Bytes of the units that hold `capacity` tokens."""
         return capacity // self.tokens * self.width * self.dtype.itemsize
 
+    def run_room(self, capacity: int, *, paged: bool) -> int:
+        """Bytes from one head and row to the next. On disk each begins with a block of the file, so
+        that a write which fails takes with it what is next to it of the same head alone."""
+        nbytes = self.run_bytes(capacity)
+        return whole_blocks(nbytes) if paged else nbytes
+
 
 class SegmentMemory:
     """Extents of segments: keys [heads, rows, capacity, key_dim], then values.
@@ -139,37 +147,38 @@ class SegmentMemory:
         Raises:
             TierFull: the tier's budget does not allow it.
         """
-        k_bytes, v_bytes = self._sizes(rows, capacity)
-        extent = self.tier.allocate(k_bytes + v_bytes)
+        extent = self._extent(rows, capacity)
+        paged = extent.arena == ON_DISK
+        k_bytes, _ = self._sizes(rows, capacity, paged=paged)
         k, v = (
             self._view(extent, offset, unit, rows, capacity)
             for offset, unit in zip((0, k_bytes), self.units, strict=True)
         )
         self.segments[key], self.starts[key] = (extent, k, v), start
-        if k.is_meta:
+        if paged:
             self.disk.name_extent(extent, self._teller(rows, capacity, k_bytes, start))
+
+    def _extent(self, rows: int, capacity: int) -> Extent:
+        plain, paged = (sum(self._sizes(rows, capacity, paged=paged)) for paged in (False, True))
+        if isinstance(self.tier, SpillTier):
+            return self.tier.allocate(plain, below=paged)
+        return self.tier.allocate(paged if isinstance(self.tier, DiskTier) else plain)
 
     def _view(self, extent: Extent, offset: int, unit: Unit, rows: int, capacity: int) -> Tensor:
         """[heads, rows, units, width]."""
-        count = capacity // unit.tokens
-        room = self._run_room(unit, capacity) // unit.dtype.itemsize
+        count, paged = capacity // unit.tokens, extent.arena == ON_DISK
+        room = unit.run_room(capacity, paged=paged) // unit.dtype.itemsize
         leading = self.heads.heads, rows
         if room == count * unit.width:
             return self.tier.view(extent, offset, (*leading, count, unit.width), unit.dtype)
         padded = self.tier.view(extent, offset, (*leading, room), unit.dtype)
         return padded[:, :, : count * unit.width].view(*leading, count, unit.width)
 
-    def _run_room(self, unit: Unit, capacity: int) -> int:
-        """Bytes from one head and row to the next. On disk each begins with a block of the file, so
-        that a write which fails takes with it what is next to it of the same head alone."""
-        nbytes = unit.run_bytes(capacity)
-        return nbytes if disk_of(self.tier) is None else whole_blocks(nbytes)
-
     def _teller(
         self, rows: int, capacity: int, k_bytes: int, start: int
     ) -> Callable[[int, int], Place | None]:
         layer, first, units = self.layer, self.heads.start, self.units
-        rooms = [self._run_room(unit, capacity) for unit in units]
+        rooms = [unit.run_room(capacity, paged=True) for unit in units]
 
         def tell(offset: int, nbytes: int) -> Place | None:
             values = offset >= k_bytes
@@ -212,10 +221,11 @@ class SegmentMemory:
     def prepare(self, rows: int, capacity: int) -> None:
         """A segment of that size will be allocated."""
         if capacity:
-            self.tier.prepare(sum(self._sizes(rows, capacity)))
+            self.tier.prepare(sum(self._sizes(rows, capacity, paged=False)))
 
-    def _sizes(self, rows: int, capacity: int) -> tuple[int, int]:
-        k, v = (self.heads.heads * rows * self._run_room(unit, capacity) for unit in self.units)
+    def _sizes(self, rows: int, capacity: int, *, paged: bool) -> tuple[int, int]:
+        runs = self.heads.heads * rows
+        k, v = (runs * unit.run_room(capacity, paged=paged) for unit in self.units)
         return aligned(k), v
 
     def allocate_all(self, segments: Sequence[Segment]) -> None:

@@ -272,9 +272,9 @@ def test_blocks_that_do_not_compress_are_counted_and_their_overflow_comes_back(d
     assert overflow.used == 0
 
 
-def forever(pair):
+def forever(pair, tokens=256):
     while True:
-        pair.forward(256, 1)
+        pair.forward(tokens, 1)
 
 
 def decode_slowly(pair):
@@ -438,8 +438,7 @@ def test_a_packed_block_that_cannot_be_written_is_cropped_away(placement, kind, 
     assert pair.packed.complete_tokens() is None
     trouble.write_code = code
     with pytest.raises(DiskError, match=os.strerror(code)) as caught:
-        for _ in range(4):
-            pair.forward(128, 1)
+        forever(pair, 128)
     trouble.write_code = None
     start = caught.value.start
     assert start == pair.packed.complete_tokens()
@@ -516,23 +515,52 @@ def test_forgetting_counting_and_copying_read_no_block_to_learn_which_are_raw(pl
     assert overflow.used == 0
 
 
+class Filled:
+    """A runner that tokens are put into, half of their blocks raw, and what it has to hold."""
+
+    def __init__(self, **more):
+        self.runner = make_runner(
+            "cpu", "lossless", "leaving host memory", late=False, trouble=Trouble(slow_s=0), **more
+        )
+        self.k = {layer: [] for layer in range(LAYERS)}
+        self.length = 0
+
+    def put(self, tokens=256):
+        for layer in range(LAYERS):
+            bits = bits_of("wide", 8 * tokens // 128, 128, self.length + layer)
+            bits[::2] = bits_of("tall", len(bits[::2]), 128, self.length + layer)
+            bits[1::4] = bits_of("any bits", len(bits[1::4]), 128, self.length + layer)
+            k = bits.view(1, 8, tokens, 128)
+            self.runner.append(layer, k, k)
+            self.k[layer].append(k)
+        self.length += tokens
+
+    def finish(self):
+        for layer in range(LAYERS):
+            found = self.runner.gather(layer, self.length, values=True)
+            expected = torch.cat(self.k[layer], dim=2)[:, :, : self.length]
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+        self.runner.close()
+
+
+def chunk_bytes(dim):
+    size = BlockLayout(dim).entry_bytes
+    return aligned(max(1, CHUNK_BYTES // size) * size)
+
+
 def test_layers_go_to_disk_to_make_room_for_what_raw_blocks_leave_in_host_memory():
-    """Beside layers that are there already: what does not compress stays in host memory."""
-    chunk = max(1, CHUNK_BYTES // BlockLayout(64).entry_bytes) * BlockLayout(64).entry_bytes
-    host = 12 * aligned(chunk)
-    pair = on_disk("leaving host memory", Trouble(slow_s=0), kind="mixed", dims=(64, 64),
-                   host_bytes=host, kept_bytes=aligned(chunk))  # fmt: skip
-    pair.same = False
+    """Layers that are there already leave it for blocks of others that do not compress."""
+    host = 9 * chunk_bytes(128)
+    filled = Filled(host_bytes=host, kept_bytes=chunk_bytes(128))
     demoted = []
-    for _ in range(24):
-        pair.forward(512, 1)
-        stats = pair.packed.stats()
-        demoted.append(stats.demoted_heads)
-        assert stats.host_bytes <= host
+    while not demoted or demoted[-1] < LAYERS * 8:
+        filled.put()
+        demoted.append(filled.runner.stats().demoted_heads)
+        assert filled.runner.stats().host_bytes <= host
     assert demoted[0] == 0
-    assert demoted[-1] == 4
-    assert overflow_of(pair.packed, 64).entries * BlockLayout(64).entry_bytes > 2 * chunk
-    pair.finish()
+    assert demoted[-2] == 8
+    filled.put()
+    filled.finish()
 
 
 def test_layers_leave_host_memory_as_they_are_packed(monkeypatch):
@@ -561,25 +589,23 @@ def test_layers_leave_host_memory_as_they_are_packed(monkeypatch):
     pair.finish()
 
 
+def fill(filled):
+    while True:
+        filled.put()
+
+
 def test_what_host_memory_has_no_room_for_names_a_budget_that_works():
     """Nothing is left to leave host memory, and raw blocks still come."""
-    chunk = aligned(
-        max(1, CHUNK_BYTES // BlockLayout(64).entry_bytes) * BlockLayout(64).entry_bytes
-    )
-    how = {"kind": "mixed", "dims": (64, 64), "beside_bytes": 12345}
-    pair = on_disk("disk", Trouble(slow_s=0), host_bytes=2 * chunk, kept_bytes=2 * chunk, **how)
-    pair.same = False
+    room = 2 * chunk_bytes(128)
+    filled = Filled(host_bytes=room, kept_bytes=room, beside_bytes=12345)
     with pytest.raises(TierFull, match=r"compress badly: .*kv_format='exact'") as caught:
-        forever(pair)
+        fill(filled)
     assert caught.value.tier == "host"
-    held = pair.length
-    pair.crop(held)
-    pair.forward(1, 1)
+    for layer in range(LAYERS):
+        filled.runner.crop(layer, filled.length)
+    filled.finish()
     named = int(re.search(r"raise host_memory to (\d+) bytes", str(caught.value))[1])
-    pair.finish()
-    room = named - 12345
-    pair = on_disk("disk", Trouble(slow_s=0), host_bytes=room, kept_bytes=room, **how)
-    pair.same = False
-    while pair.length <= held:
-        pair.forward(256, 1)
-    pair.finish()
+    enough = Filled(host_bytes=named - 12345, kept_bytes=named - 12345, beside_bytes=12345)
+    while enough.length <= filled.length:
+        enough.put()
+    enough.finish()

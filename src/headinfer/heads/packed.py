@@ -26,7 +26,7 @@ from headinfer.heads.packed_memory import Entries, Held, PackedMemory, dropped, 
 from headinfer.heads.packed_pieces import PackedPiece
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
 from headinfer.spill import DiskEngine
-from headinfer.store import Crop, Write
+from headinfer.store import Append, Crop, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, TransferEngine
@@ -64,19 +64,19 @@ class PackedHeads(OffloadedHeads):
         # Compute is at once and reads host memory: a slot is attended as it is.
         self._packed_slots = isinstance(engine, DiskEngine) and engine.straight
 
-    def append(self, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
+    def _take(self, append: Append, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
         """As there; overflow entries for every block to be written are set aside before anything."""
-        writes = self.store.prepare_append(k.shape[2], batch=k.shape[0]).writes
-        blocks = sum(write.tokens for write in writes) // BLOCK_TOKENS
+        blocks = sum(write.tokens for write in append.writes) // BLOCK_TOKENS
         if not blocks:
-            super().append(k, v, buffers)
+            super()._take(append, k, v, buffers)
             return
         count = self.heads.heads * k.shape[0] * blocks
         self.codec.reserve(self._memory.blocks_of(count))
         taken = self.codec.taken(self.shape.key_dim, self.shape.value_dim)
         try:
-            super().append(k, v, buffers)
-        except BaseException:  # nothing is under way any more, and no block refers to them
+            super()._take(append, k, v, buffers)
+        except BaseException:  # no block refers to them
+            self._engine.drain()
             for overflow, since in taken:
                 overflow.give_back(since)
             raise

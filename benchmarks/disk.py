@@ -3,10 +3,13 @@
 memory a run takes.
 
     python benchmarks/disk.py --disk FOLDER --out benchmarks/results/NAME.json
+    python benchmarks/disk.py --disk FOLDER --kv-format both --tokens 65536 --host-memory 512MiB
     python benchmarks/disk.py --disk FOLDER --shape llama3-8b --device cuda --gpu-memory 24GiB \\
         --host-memory 16GiB --tokens 262144 --out benchmarks/results/NAME.json
 
-Weights, keys and values are random. The cache is filled layer by layer without a prefill, which
+With `--kv-format both` two caches of the same keys and values, one of each format, take turns: whatever
+else the machine does meanwhile, it does to both. Weights, keys and values are random, normal in bfloat16,
+which packs like a model's own (docs/lossless.md). The cache is filled layer by layer without a prefill, which
 would take hours on a CPU; decode steps then are the model's own. Between steps the same bytes of
 the same file are read with direct I/O as fast as they come, by plain threads and by the tier's own,
 and the faster of both is what the disk gives: on shared disks the rate changes from minute to
@@ -59,12 +62,13 @@ def main() -> None:
     parser.add_argument("--host-memory", default="2GiB")
     parser.add_argument("--gpu-memory")
     parser.add_argument("--near-data", type=float)
+    parser.add_argument("--kv-format", choices=("exact", "lossless", "both"), default="exact")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="decode steps between plain reads")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     model = build(given.shape, given.device)
-    found = measure(model, given)
+    found = compare(model, given) if given.kv_format == "both" else measure(model, given)
     text = json.dumps(found, indent=1).replace(given.disk, "FOLDER")
     if given.out is not None:
         given.out.write_text(text + "\n")
@@ -99,12 +103,10 @@ def measure(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any
     step = torch.ones((1, 1), dtype=torch.long, device=device)
     model(step)  # kernels and thread pools exist
     before = process.memory_info().rss
-    budgets = {"host_memory": given.host_memory, "disk": given.disk}
-    if given.gpu_memory is not None:
-        budgets["gpu_memory"] = given.gpu_memory
-    if given.near_data is not None:
-        budgets["near_data"] = given.near_data
-    with headinfer.attach(model, expected_tokens=given.tokens + 64, **budgets) as run:
+    budgets = budgets_of(given)
+    with headinfer.attach(
+        model, expected_tokens=given.tokens + 64, kv_format=given.kv_format, **budgets
+    ) as run:
         print(run.plan, flush=True)
         with PeakMemory(device) as peak:  # plain reads have buffers of their own: not among them
             cache = run.new_cache()
@@ -126,15 +128,8 @@ def measure(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any
     rate = statistics.median(found["disk_bytes"] / found["seconds"] for found in steps)
     growth, budget = peak.host_bytes - before, parse_bytes(given.host_memory)
     result = {
-        "machine": machine_name(device),
-        "kernel": platform.release(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "headinfer": headinfer.__version__,
-        "shape": given.shape,
-        "tokens": given.tokens,
-        "kv_bytes": 2 * KV_HEADS * DIM * 2 * SHAPES[given.shape]["layers"] * given.tokens,
-        "host_budget_bytes": budget,
+        **case_of(model, given),
+        "kv_format": given.kv_format,
         "host_growth_bytes": growth,
         "host_growth_of_budget": growth / budget,
         "gpu_peak_bytes": peak.gpu_bytes,
@@ -162,6 +157,80 @@ def measure(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any
             "step_floor_s": steps[-1]["disk_bytes"] / raw,
         }
     return result
+
+
+def budgets_of(given: argparse.Namespace) -> dict[str, Any]:
+    found = {"host_memory": given.host_memory, "disk": given.disk}
+    if given.gpu_memory is not None:
+        found["gpu_memory"] = given.gpu_memory
+    if given.near_data is not None:
+        found["near_data"] = given.near_data
+    return found
+
+
+def case_of(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, where."""
+    return {
+        "machine": machine_name(model.device),
+        "kernel": platform.release(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "headinfer": headinfer.__version__,
+        "shape": given.shape,
+        "tokens": given.tokens,
+        "kv_bytes": 2 * KV_HEADS * DIM * 2 * SHAPES[given.shape]["layers"] * given.tokens,
+        "host_budget_bytes": parse_bytes(given.host_memory),
+    }
+
+
+@torch.inference_mode()
+def compare(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any]:
+    """Decode steps of both formats in turns, and plain reads of the exact one's file between them."""
+    step = torch.ones((1, 1), dtype=torch.long, device=model.device)
+    runs: dict[str, dict[str, Any]] = {}
+    caches: dict[str, headinfer.HeadCache] = {}
+    refused: dict[str, str | None] = {}
+    for name in ("exact", "lossless"):
+        torch.manual_seed(0)
+        with headinfer.attach(
+            model, expected_tokens=given.tokens + 64, kv_format=name, **budgets_of(given)
+        ) as run:
+            print(run.plan, flush=True)
+            caches[name] = run.new_cache()
+            filled = fill(model, caches[name], given.tokens)
+            for _ in range(3):
+                timed(model, caches[name], step)
+            disk = caches[name].backing.runner._provision.disk
+            refused[name] = disk.direct_refused
+            runs[name] = {"plan": run.plan.as_dict(), "fill_s": filled, "steps": []}
+    file = caches["exact"].backing.runner._provision.disk
+    raws = []
+    with headinfer.attach(model, expected_tokens=given.tokens + 64, **budgets_of(given)):
+        for turn in range(given.rounds):
+            raws.append(queue_rate(file))
+            names = list(caches)[:: 1 if turn % 2 else -1]
+            for name in names:
+                for _ in range(given.steps):
+                    runs[name]["steps"].append(timed(model, caches[name], step))
+    for name, cache in caches.items():
+        found = runs[name]
+        found["stats"] = cache.stats().as_dict()
+        found["step_s"] = statistics.median(one["seconds"] for one in found["steps"])
+        found["disk_bytes_per_step"] = found["steps"][-1]["disk_bytes"]
+        cache.close()
+    pairs = [
+        packed["seconds"] / exact["seconds"]
+        for exact, packed in zip(runs["exact"]["steps"], runs["lossless"]["steps"], strict=True)
+    ]
+    return {
+        **case_of(model, given),
+        "formats": runs,
+        "lossless_of_exact_s": statistics.median(pairs),
+        "lossless_of_exact_s_all": pairs,
+        "raw_queue_bytes_s": raws,
+        "direct_refused": refused["exact"],
+        "load_average": os.getloadavg(),
+    }
 
 
 def rate_of(steps: list[dict[str, float]], place: int, count: int) -> float:

@@ -85,13 +85,19 @@ class Queue {
     job.started = true;
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t at = 0; at < ops[i].nbytes;) {
-        // Cut where the file's blocks begin: only the first and the last piece may be partial.
-        int64_t stop = at + piece_;
-        if (alignment_ > 0) stop -= (ops[i].offset + stop) % alignment_;
-        stop = std::min(stop, ops[i].nbytes);
-        job.waiting.push_back({number, ops[i].offset + at, stop - at,
-                               static_cast<char *>(ops[i].memory) + at});
-        at = stop;
+        // Cut where the file's blocks begin. Of a write, a partial block is a piece of its own: it
+        // is read first, and nobody else may change it meanwhile.
+        const int64_t left = ops[i].nbytes - at;
+        const int64_t past = alignment_ > 0 ? (ops[i].offset + at) % alignment_ : 0;
+        int64_t step = piece_ - past;
+        if (job.write && past > 0)
+          step = alignment_ - past;
+        else if (job.write && alignment_ > 0 && left > alignment_)
+          step = std::min(step, left / alignment_ * alignment_);
+        step = std::min(step, left);
+        job.waiting.push_back(
+            {number, ops[i].offset + at, step, static_cast<char *>(ops[i].memory) + at});
+        at += step;
       }
     }
     job.left = static_cast<int64_t>(job.waiting.size());
@@ -138,6 +144,15 @@ class Queue {
     }
     if (fault != nullptr) *fault = found->second.fault;
     if (forget) jobs_.erase(found);
+    return 1;
+  }
+
+  // The bytes lost, one range after the other; 0 when there is none of that number.
+  int32_t lost(int64_t place, headinfer_disk_fault *fault) {
+    std::lock_guard<std::mutex> lock(state_);
+    if (place < 0 || place >= static_cast<int64_t>(lost_.size())) return 0;
+    const Lost &found = lost_[static_cast<size_t>(place)];
+    *fault = {found.code, found.start, found.stop - found.start, 0};
     return 1;
   }
 
@@ -190,10 +205,10 @@ class Queue {
       ready_.pop_front();
       const bool write = jobs_.at(piece.job).write;
       headinfer_disk_fault fault = {0, 0, 0, 0};
-      if (!write) fault.code = lost_code(piece);
+      if (!write) fault = lost_of(piece);
       lock.unlock();
       if (fault.code != 0) {
-        fault.offset = piece.offset, fault.nbytes = piece.nbytes;
+        // Nothing to read.
       } else if (alignment_ > 0 && scratch == nullptr) {
         fault = {ENOMEM, piece.offset, piece.nbytes, 0};
       } else {
@@ -210,16 +225,25 @@ class Queue {
     std::free(scratch);
   }
 
-  int32_t lost_code(const Piece &piece) const {
-    for (const Lost &lost : lost_)
-      if (lost.start < piece.offset + piece.nbytes && piece.offset < lost.stop) return lost.code;
-    return 0;
+  // What of a piece to be read was lost.
+  headinfer_disk_fault lost_of(const Piece &piece) const {
+    const int64_t stop = piece.offset + piece.nbytes;
+    for (const Lost &lost : lost_) {
+      const int64_t first = std::max(lost.start, piece.offset), last = std::min(lost.stop, stop);
+      if (first < last) return {lost.code, first, last - first, 0};
+    }
+    return {0, 0, 0, 0};
   }
 
-  // What was written again is there again; what failed is not.
+  // What was written again is there again; what failed is not, and with it a block of the file that
+  // was to be changed in part: what it held may be gone.
   void remember(const Piece &piece, int32_t code) {
-    const int64_t start = piece.offset, stop = piece.offset + piece.nbytes;
+    int64_t start = piece.offset, stop = piece.offset + piece.nbytes;
     if (code == 0 && lost_.empty()) return;
+    if (code != 0 && alignment_ > 0) {
+      start -= start % alignment_;
+      stop = (stop + alignment_ - 1) / alignment_ * alignment_;
+    }
     std::vector<Lost> kept;
     for (const Lost &lost : lost_) {
       if (lost.start < start) kept.push_back({lost.start, std::min(lost.stop, start), lost.code});
@@ -230,6 +254,18 @@ class Queue {
   }
 
   headinfer_disk_fault run(const Piece &piece, bool write, char *scratch) {
+    headinfer_disk_fault fault = moved(piece, write, scratch);
+    if (fault.code != 0) {
+      // Who reads of it asked for these bytes, not for the whole blocks they lie in.
+      const int64_t before = piece.offset - fault.offset;
+      fault.offset = piece.offset;
+      fault.nbytes = piece.nbytes;
+      fault.done = std::min(std::max<int64_t>(fault.done - before, 0), piece.nbytes);
+    }
+    return fault;
+  }
+
+  headinfer_disk_fault moved(const Piece &piece, bool write, char *scratch) {
     const int64_t before = alignment_ > 0 ? piece.offset % alignment_ : 0;
     const int64_t start = piece.offset - before;
     int64_t size = before + piece.nbytes;
@@ -249,7 +285,7 @@ class Queue {
       std::memcpy(scratch, piece.memory, static_cast<size_t>(piece.nbytes));
       return transfer(scratch, start, size, true);
     }
-    std::lock_guard<std::mutex> one_at_a_time(partial_);
+    std::lock_guard<std::mutex> one_at_a_time(partial_[start / alignment_ % kPartialLocks]);
     const headinfer_disk_fault fault = transfer(scratch, start, size, false);
     if (fault.code != 0) return fault;
     std::memcpy(scratch + before, piece.memory, static_cast<size_t>(piece.nbytes));
@@ -277,7 +313,8 @@ class Queue {
   const int fd_;
   const int64_t alignment_, piece_;
   std::vector<std::thread> workers_;
-  std::mutex partial_;  // held while part of a block is changed
+  static constexpr int64_t kPartialLocks = 64;
+  std::mutex partial_[kPartialLocks];  // one is held while part of a block is changed
 
   std::mutex state_;  // guards what follows
   std::condition_variable work_, ended_;
@@ -338,6 +375,10 @@ int32_t headinfer_disk_fail(void *handle, int64_t job, int32_t code, const headi
 int32_t headinfer_disk_ask(void *handle, int64_t job, int32_t block, int32_t forget,
                            headinfer_disk_fault *fault) {
   return queue_of(handle)->ask(job, block != 0, forget != 0, fault);
+}
+
+int32_t headinfer_disk_lost(void *handle, int64_t place, headinfer_disk_fault *fault) {
+  return queue_of(handle)->lost(place, fault);
 }
 
 void headinfer_disk_drain(void *handle) { queue_of(handle)->drain(); }

@@ -17,7 +17,7 @@ extern "C" {
 #define HEADINFER_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a signature or the struct below changes; the caller refuses any other value.
-#define HEADINFER_ABI 4
+#define HEADINFER_ABI 5
 #define HEADINFER_MAX_THREADS 1024
 #define HEADINFER_MAX_DIM 1024
 
@@ -175,6 +175,11 @@ HEADINFER_EXPORT int32_t headinfer_disk_fail(void *queue, int64_t job, int32_t c
 // and a job that is not known any more is over, without a fault.
 HEADINFER_EXPORT int32_t headinfer_disk_ask(void *queue, int64_t job, int32_t block, int32_t forget,
                                             headinfer_disk_fault *fault);
+
+// 1 and the range of bytes number `place`, from 0 on, that no write has changed since one failed to,
+// neighbours within a block of the file included; 0 if there are not as many.
+HEADINFER_EXPORT int32_t headinfer_disk_lost(void *queue, int64_t place,
+                                             headinfer_disk_fault *fault);
 
 // Returns when no job is under way.
 HEADINFER_EXPORT void headinfer_disk_drain(void *queue);

@@ -111,3 +111,12 @@ def test_fewer_bytes_move_and_a_step_is_predicted_faster():
     assert packed / exact == pytest.approx(193.75 / 256)
     slow, quick = (decode_time(plan, RATES, length=256 * 1024).seconds for plan in both)
     assert quick < 0.8 * slow
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("disk", [None, "/somewhere"])
+def test_a_model_without_a_layer_that_keeps_every_token_packs_nothing(device, disk):
+    window = LayerGeometry(LayerKind.SLIDING, 8, 128, 128, 32, window=4096)
+    geometry = replace(LLAMA, layers=(window,) * 4)
+    plan = planned(4096, geometry=geometry, device=device, kv_format="lossless", disk=disk)
+    assert plan.kept_bytes == plan.disk_bytes == 0

@@ -20,10 +20,12 @@ from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.hf.backing import options_from, settings_of
 from headinfer.options import Options
+from headinfer.packing import ratio_of
 from headinfer.plan import make_plan
 from headinfer.rates import Rates
 from headinfer.runner import Runner
 from headinfer.spread import buffers_beside_gpu
+from headinfer.testing.blocks import bits_of
 from headinfer.totals import Query
 
 layers = st.builds(
@@ -43,7 +45,7 @@ geometries = st.builds(
     intermediate_size=st.integers(64, 30000),
     vocab_size=st.integers(100, 200_000),
     weight_bytes=st.integers(0, 8 * GIB),
-)
+).map(lambda made: replace(made, dtype="bfloat16" if made.itemsize == 2 else "float32"))
 RATES = Rates(
     machine="this",
     dtype="bfloat16",
@@ -91,17 +93,22 @@ def followed(geometry, options, device, batch):
     disk=st.integers(0, 64 * GIB),
     tokens=st.one_of(st.none(), st.integers(1, 2**20)),
     batch=st.integers(1, 4),
+    kv_format=st.sampled_from([None, "exact", "lossless"]),
 )
-def test_a_plan_with_a_disk_fits_or_its_remedies_do(geometry, device, host, disk, tokens, batch):
+def test_a_plan_with_a_disk_fits_or_its_remedies_do(
+    geometry, device, host, disk, tokens, batch, kv_format
+):
     gpu = None if device == "cpu" else 64 * GIB
-    options = asked(host, disk, gpu=gpu, expected_tokens=tokens)
+    options = asked(host, disk, gpu=gpu, expected_tokens=tokens, kv_format=kv_format)
     plan, options = followed(geometry, options, device, batch)
     assert plan.host_bytes + plan.disk_buffer_bytes <= max(
         options.budget.host_bytes, plan.disk_buffer_bytes
     )
     assert plan.disk_bytes <= options.budget.disk_bytes
+    assert plan.kept_bytes <= plan.host_room
+    assert plan.kv_format == "exact" or kv_format == "lossless" or device == "cpu"
     if tokens is not None:
-        assert plan.host_bytes + plan.disk_bytes >= sum(
+        assert plan.host_bytes + plan.disk_bytes >= ratio_of(geometry, plan.kv_format) * sum(
             batch
             * (layer.num_kv_heads - heads * (device == "cuda"))
             * layer.head_bytes(tokens // 128 * 128, geometry.itemsize)
@@ -173,6 +180,131 @@ def test_on_a_cpu_the_disk_is_read_beside_attention():
     assert decode_time(plan, rates, length=65536).limit == DISK
     slow = replace(rates, resident_bytes_s=1e9)
     assert decode_time(plan, slow, length=65536).limit == "resident keys"
+
+
+def test_packed_a_third_more_lies_in_host_memory_and_a_step_reads_less():
+    both = [
+        make_plan(
+            replace(llama3_8b(), dtype="bfloat16"),
+            asked(4 * GIB, 40 * GIB, expected_tokens=2**17, kv_format=name),
+            device="cpu",
+        )
+        for name in ("exact", "lossless")
+    ]
+    exact, packed = both
+    assert sum(packed.resident_heads) > 1.25 * sum(exact.resident_heads)
+    assert packed.disk_bytes < 0.68 * exact.disk_bytes
+    assert packed.host_bytes + packed.disk_buffer_bytes <= 4 * GIB
+    assert 0 < packed.kept_bytes < 0.05 * GIB
+    assert "without loss in 75.7% of their bytes: as asked for" in str(packed)
+    assert "are kept for packed blocks" in str(packed)
+    slow, quick = (disk_bytes(plan, 2**17) for plan in both)
+    assert packed.disk_bytes == pytest.approx(quick, rel=0.01)
+    assert exact.disk_bytes == pytest.approx(slow, rel=0.01)
+    rates = replace(RATES, h2d_bytes_s=None, resident_bytes_s=1e12)
+    found = [decode_time(plan, rates, length=2**17) for plan in both]
+    assert [step.limit for step in found] == [DISK, DISK]
+    assert found[1].seconds == pytest.approx(quick / 2e9)
+
+
+def test_beside_a_gpu_packed_blocks_fill_host_memory_first_and_say_what_is_kept():
+    geometry = replace(llama3_8b(), dtype="bfloat16")
+    options = asked(8 * GIB, 60 * GIB, gpu=20 * GIB, expected_tokens=2**18, kv_format="lossless")
+    plan = make_plan(geometry, options, device="cuda")
+    exact = make_plan(geometry, replace(options, kv_format="exact"), device="cuda")
+    assert plan.host_bytes + plan.disk_buffer_bytes <= 8 * GIB
+    assert plan.disk_buffer_bytes < exact.disk_buffer_bytes  # packed tiles pass smaller buffers
+    assert plan.disk_bytes < 0.75 * exact.disk_bytes
+    assert 0 < plan.kept_bytes < 0.4 * GIB
+    with pytest.raises(BudgetTooSmall, match="for blocks that do not compress") as caught:
+        make_plan(
+            geometry, replace(options, budget=MemoryBudget(20 * GIB, 200 * MIB)), device="cuda"
+        )
+    enough = MemoryBudget(20 * GIB, caught.value.needed_bytes)
+    make_plan(geometry, replace(options, budget=enough), device="cuda")
+
+
+def test_a_disk_too_small_for_plain_bytes_offers_packed_ones_or_takes_them():
+    geometry = replace(llama3_8b(), dtype="bfloat16")
+    options = asked(2 * GIB, 13 * GIB, gpu=20 * GIB, expected_tokens=2**17, resident_heads=0)
+    with pytest.raises(BudgetTooSmall, match=r"in .* with kv_format='lossless'") as caught:
+        make_plan(geometry, options, device="cuda")
+    assert caught.value.tier == "disk"
+    make_plan(geometry, replace(options, kv_format="lossless"), device="cuda")
+    options = asked(2 * GIB, 12 * GIB, expected_tokens=2**17)
+    plan = make_plan(geometry, options, device="cpu")
+    assert plan.kv_format == "lossless"
+    assert "which the disk budget does not allow" in str(plan)
+
+
+def bf16(heads=4, dim=64, layers=3):
+    layer = LayerGeometry(LayerKind.FULL, heads, dim, dim, 2 * heads)
+    return Geometry((layer,) * layers, 2, 256, 512, 100, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["normal", "mixed"])
+@pytest.mark.parametrize("tokens", [1000, 4000, None])
+def test_packed_host_and_disk_stay_within_what_is_predicted(tokens, kind):
+    """Labels and overflow of blocks on disk are host memory, too."""
+    host = 6 * MIB
+    options = Options(
+        budget=MemoryBudget(None, host, GIB),
+        disk=tempfile.gettempdir(),
+        expected_tokens=tokens,
+        kv_format="lossless",
+    )
+    plan = make_plan(bf16(), options, device="cpu")
+    assert plan.kv_format == "lossless"
+    runner = Runner(settings_of(plan, options, 0))
+    random = torch.Generator().manual_seed(0)
+    for start in range(0, tokens or 4000, 250):
+        for layer in range(3):
+            k = torch.randn(
+                1, 4, min(250, (tokens or 4000) - start), 64, generator=random
+            ).bfloat16()
+            if kind == "mixed" and 1000 <= start < 1500:  # a few blocks are raw
+                k[:, 0] = bits_of("any bits", 2, 64, start).view(1, 256, 64)[:, : k.shape[2]]
+                k = torch.where(k.isfinite() & (k.abs() < 9), k, torch.zeros_like(k))
+            length = runner.append(layer, k, k)
+            q = torch.zeros(1, 8, k.shape[2], 64, dtype=torch.bfloat16)
+            runner.attend(layer, length, Query(q, 1.0, Causal(start), 64))
+        stats = runner.stats()
+        assert stats.host_bytes + stats.staging_bytes + stats.tail_bytes <= host
+    runner.close()
+    if tokens is not None:
+        assert stats.host_bytes <= plan.host_bytes
+        assert stats.disk_bytes <= plan.disk_bytes
+        assert stats.disk_bytes >= plan.disk_bytes - 3 * 16 * KIB * 4 - 3 * 4 * 8 * 8 * KIB
+        assert (stats.disk_bytes > 0) == (sum(plan.resident_heads) < 12)
+    elif kind == "normal":
+        assert stats.disk_bytes > 0
+
+
+@pytest.mark.parametrize("tokens", [1000, 5000, None])
+def test_packed_spilling_takes_no_more_than_is_predicted(tokens):
+    """The path of a GPU, its copies made at once."""
+    options = Options(
+        budget=MemoryBudget(None, 64 * MIB, GIB), disk=tempfile.gettempdir(), expected_tokens=tokens,
+        staging=True, tile_bytes=2**16, num_slots=3, kv_format="lossless",
+    )  # fmt: skip
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(bf16(), replace(options, budget=MemoryBudget(None, MIB, GIB)), device="cpu")
+    host = caught.value.needed_bytes + MIB
+    options = replace(options, budget=MemoryBudget(None, host, GIB))
+    plan = make_plan(bf16(), options, device="cpu")
+    runner = Runner(settings_of(plan, options, 0))
+    for start in range(0, tokens or 3000, 250):
+        for layer in range(3):
+            k = torch.randn(1, 4, min(250, (tokens or 3000) - start), 64).bfloat16()
+            runner.append(layer, k, k)
+        assert runner.stats().host_bytes <= plan.host_room
+    stats = runner.stats()
+    runner.close()
+    if tokens is not None:
+        assert stats.disk_bytes <= plan.disk_bytes
+        assert stats.host_bytes <= plan.host_bytes
+    if tokens != 1000:
+        assert stats.disk_bytes > 0
 
 
 @pytest.mark.parametrize("tokens", [1000, 3000])

@@ -12,6 +12,9 @@ from headinfer.layout import BLOCK_TOKENS
 
 HEADER_BYTES = 8
 LEAST_TRAILER_BYTES = 48
+LABEL_BYTES = HEADER_BYTES + 4
+"""The header, and of a raw block the number of its overflow entry."""
+
 STEP_DIM = 16
 """Dims are multiples of it, so that every part of a slot is aligned to 16 bytes."""
 
@@ -49,6 +52,11 @@ class BlockLayout(NamedTuple):
     @property
     def positions(self) -> int:
         return self.header + HEADER_BYTES
+
+    @property
+    def label(self) -> slice:
+        """What a block is, and where the rest of it lies if it is raw."""
+        return slice(self.header, self.header + LABEL_BYTES)
 
     @property
     def exponents(self) -> int:

@@ -134,12 +134,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
     paths = {"compute": sum(compute.values()), "launching": host_s}
     paths["streaming"] = moved_bytes(plan, past) / rates.h2d_bytes_s
     if rates.pin_s_per_gib is not None:  # by a thread of its own, while chunks are computed
-        paths["page-locking"] = (
-            ratio_of(plan.geometry, plan.kv_format)
-            * _new_host_bytes(plan, past, new)
-            / GIB
-            * rates.pin_s_per_gib
-        )
+        paths["page-locking"] = _new_host_bytes(plan, past, new) / GIB * rates.pin_s_per_gib
     paths |= disk
     found = _slowest(paths, parts | {name: paths[name] for name in paths if name != "compute"})
     hidden = sum(paths.values()) - found.seconds
@@ -260,20 +255,19 @@ def offloaded_bytes(plan: Plan, tokens: int) -> int:
 
 
 def disk_bytes(plan: Plan, tokens: int) -> int:
-    """Bytes of keys and values that lie on disk, over `tokens` tokens."""
+    """Bytes on disk of the keys and values of `tokens` tokens, as they are stored."""
     if plan.disk is None:
         return 0
-    below = offloaded_bytes(plan, tokens)
-    room = plan.host_room
+    below, room = moved_bytes(plan, tokens), plan.host_room
     if plan.host_computes:
         return below
-    return 0 if room is None else max(below - room, 0)
+    return 0 if room is None else max(below - (room - plan.kept_bytes), 0)
 
 
 def _new_host_bytes(plan: Plan, past: int, new: int) -> int:
     """Bytes of host memory that a chunk is the first to need."""
     after, before = past + new, past
-    below = offloaded_bytes(plan, after) - offloaded_bytes(plan, before)
+    below = moved_bytes(plan, after) - moved_bytes(plan, before)
     return below - (disk_bytes(plan, after) - disk_bytes(plan, before))
 
 

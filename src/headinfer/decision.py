@@ -41,6 +41,8 @@ class Plan:
         disk: folder of the file that takes what host memory does not; None without one.
         disk_bytes: predicted keys and values there, bytes; 0 if the length is unknown.
         disk_buffer_bytes: host memory between disk and compute, part of the host budget.
+        kept_bytes: of the host budget, kept for what packed blocks on disk have in host memory: raw
+            ones their overflow, and every one its label. Part of `host_bytes`.
         host_computes: the CPU attends heads in host memory in place, and those on disk as they come.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     disk: str | None = None
     disk_bytes: int = 0
     disk_buffer_bytes: int = 0
+    kept_bytes: int = 0
     host_computes: bool = False
     threads: int | None = None
 
@@ -131,6 +134,7 @@ class Plan:
             "disk_budget_bytes": self.budget.disk_bytes,
             "predicted_disk_bytes": self.disk_bytes,
             "disk_buffer_bytes": self.disk_buffer_bytes,
+            "kept_bytes": self.kept_bytes,
             "reasons": list(self.reasons),
         }
 

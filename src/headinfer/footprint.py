@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from headinfer.budget import MIB
 from headinfer.errors import BudgetTooSmall
-from headinfer.geometry import LOSSLESS, Geometry, LayerGeometry, LayerKind
+from headinfer.geometry import EXACT, LOSSLESS, Geometry, LayerGeometry, LayerKind
 from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
-from headinfer.packing import why_plain
+from headinfer.packing import packs
 
 SLOT_BYTES = 32 * MIB
 """One KV head of 128 dims over 64K tokens in bf16: long enough for full transfer rate, and for a
@@ -64,7 +64,7 @@ def unpacked_bytes(geometry: Geometry, options: Options, slot_bytes: int, batch:
     Raises:
         BudgetTooSmall: a staging slot cannot hold one block of one head.
     """
-    if options.kv_format != LOSSLESS.name or why_plain(geometry) is not None:
+    if not packs(geometry, options.kv_format or EXACT.name):
         return 0
     block = max(
         batch * layer.head_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers

@@ -46,6 +46,8 @@ class RunnerSettings:
         expected_tokens: length the sequence will reach, if known: memory is then exact.
         host_bytes: host budget, None for no limit of our own.
         wanted_bytes: host memory the whole request would take, for the message when less is there.
+        kept_bytes: of the host budget, kept for what packed blocks have beside their slots.
+        beside_bytes: host memory taken by buffers, beside the host budget.
         kv_format: how offloaded keys and values are stored.
         attention: implementation to insist on, or "auto".
         near_share: of the offloaded heads, the share the CPU attends in passes of few tokens.
@@ -68,6 +70,8 @@ class RunnerSettings:
     expected_tokens: int | None = None
     host_bytes: int | None = None
     wanted_bytes: int = 0
+    kept_bytes: int = 0
+    beside_bytes: int = 0
     kv_format: str = "exact"
     attention: str = AUTO
     near_share: float = 0.0
@@ -92,6 +96,11 @@ class Layer:
     @property
     def length(self) -> int:
         return self.ranges[0].store.length
+
+    @property
+    def stored(self) -> int:
+        """Tokens that some of the offloaded heads have written back."""
+        return max((heads.store.stored for heads in self.offloaded), default=0)
 
     @property
     def batch(self) -> int:

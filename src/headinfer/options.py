@@ -20,8 +20,8 @@ class Options:
     Attributes:
         budget: memory allowed per tier.
         chunk_tokens: tokens prefilled per forward pass.
-        kv_format: how keys and values in host memory are stored: "exact", or "lossless", the same
-            bits in three quarters of the bytes. None: chosen.
+        kv_format: how keys and values in host memory and on disk are stored: "exact", or "lossless",
+            the same bits in three quarters of the bytes. None: chosen.
         expected_tokens: prompt plus new tokens, if known: memory is then exact and heads can be
             kept resident.
         on_unsupported: "error", or "materialize" to hand whole layers to model code that does

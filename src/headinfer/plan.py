@@ -27,16 +27,23 @@ from headinfer.footprint import (
     write_buffer_bytes,
 )
 from headinfer.geometry import EXACT, LOSSLESS, Geometry
-from headinfer.layout import ALIGNMENT, BLOCK_TOKENS, aligned
+from headinfer.layout import ALIGNMENT, BLOCK_TOKENS
 from headinfer.options import Options
 from headinfer.packing import (
     overflow_bytes,
+    packs,
     ratio_of,
     ring_slot_bytes,
-    stored_head_bytes,
     why_plain,
 )
-from headinfer.spread import buffers_beside_gpu, check_page_locked, plan_on_cpu, with_spill
+from headinfer.spread import (
+    buffers_beside_gpu,
+    check_page_locked,
+    kept_beside_gpu,
+    plan_on_cpu,
+    stored_bytes,
+    with_spill,
+)
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
@@ -68,34 +75,31 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
     not."""
     exact = replace(options, kv_format=EXACT.name)
     packed = replace(options, kv_format=LOSSLESS.name)
-    if options.disk is not None:
-        if options.kv_format == LOSSLESS.name:
-            raise InputError(
-                "kv_format='lossless' with disk=...: a disk holds keys and values as they are; leave "
-                "one of the two out"
-            )
-        return _plan(geometry, exact, device, batch)
     if options.kv_format is not None:
         plan = _plan(geometry, options, device, batch)
         return _with_format_reason(plan, "as asked for")
-    if why_plain(geometry) is not None:
+    if not packs(geometry, LOSSLESS.name):
         return _plan(geometry, exact, device, batch)
     try:
         return _plan(geometry, exact, device, batch)
     except BudgetTooSmall as too_small:
-        if too_small.tier != "host":
+        if too_small.tier == "gpu":
             raise
-        needed = format_bytes(too_small.needed_bytes)
-        why = f"as they are they would need {needed}, which the host budget does not allow"
+        needed, where = format_bytes(too_small.needed_bytes), too_small.tier
+        why = f"as they are they would need {needed}, which the {where} budget does not allow"
         if device == "cpu":
-            return _with_format_reason(_plan(geometry, packed, device, batch), why)
+            try:
+                return _with_format_reason(_plan(geometry, packed, device, batch), why)
+            except BudgetTooSmall as packed_too:
+                raise (packed_too if where == "host" else too_small) from None
         # No GPU has run the packed format yet: it is offered, not taken.
         try:
             found = _plan(geometry, packed, device, batch)
         except BudgetTooSmall:
             raise too_small from None
+        size = found.host_bytes if where == "host" else found.disk_bytes
         raise BudgetTooSmall(
-            f"{too_small}, or store them without loss in {format_bytes(found.host_bytes)} with "
+            f"{too_small}, or store them without loss in {format_bytes(size)} with "
             "kv_format='lossless'",
             tier=too_small.tier,
             budget_bytes=too_small.budget_bytes,
@@ -141,7 +145,7 @@ def _with_format_reason(plan: Plan, why: str) -> Plan:
         reason = f"the lossless format does not apply: {plain}; they are stored as they are"
         return replace(plan, kv_format=EXACT.name, reasons=(*plan.reasons, reason))
     reason = (
-        "keys and values in host memory are stored without loss in "
+        f"keys and values in host memory{' and on disk' if plan.disk else ''} are stored without loss in "
         f"{ratio_of(plan.geometry, plan.kv_format):.1%} of their bytes: {why}"
     )
     return replace(plan, reasons=(*plan.reasons, reason))
@@ -191,11 +195,18 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             host_bytes=0,
             reasons=(f"the model computes on the CPU: keys and values are {where}",),
             disk=options.disk,
-            disk_buffer_bytes=0
-            if options.disk is None
-            else buffers_beside_gpu(slot_bytes, num_slots),
+            disk_buffer_bytes=_buffers(geometry, options, slot_bytes, num_slots),
         )
     )
+
+
+def _buffers(geometry: Geometry, options: Options, slot_bytes: int, num_slots: int) -> int:
+    """Host memory between a disk, if there is one, and a GPU."""
+    if options.disk is None:
+        return 0
+    packed = packs(geometry, options.kv_format or EXACT.name)
+    held = ring_slot_bytes(geometry, slot_bytes, LOSSLESS.name) if packed else slot_bytes
+    return buffers_beside_gpu(held, num_slots)
 
 
 def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
@@ -341,7 +352,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
         host_bytes=0,
         reasons=tuple(reasons),
         disk=options.disk,
-        disk_buffer_bytes=0 if options.disk is None else buffers_beside_gpu(slot_bytes, num_slots),
+        disk_buffer_bytes=_buffers(geometry, options, slot_bytes, num_slots),
     )
 
 
@@ -425,8 +436,9 @@ def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
     tokens = plan.expected_tokens
     if tokens is None:
-        check_page_locked(plan)
-        return plan
+        kept = kept_beside_gpu(plan)
+        check_page_locked(plan, kept)
+        return replace(plan, kept_bytes=kept)
     size = _host_bytes(plan, tokens)
     if plan.disk is not None:
         return with_spill(plan, size)
@@ -439,15 +451,8 @@ def _with_host(plan: Plan) -> Plan:
 def _host_bytes(plan: Plan, tokens: int) -> int:
     """Host memory of the heads that are not resident, over `tokens` tokens."""
     geometry, in_place = plan.geometry, not plan.staging
-    size = 0
-    for index, layer in enumerate(geometry.layers):
-        heads = offloadable_heads(layer) - plan.resident_heads[index]
-        per_head = plan.batch * stored_head_bytes(
-            geometry, layer, tokens, kv_format=plan.kv_format, in_place=in_place
-        )
-        if heads and per_head:
-            size += aligned(heads * per_head) + aligned(1)
-    if size and plan.kv_format == LOSSLESS.name and why_plain(geometry) is None:
+    size = stored_bytes(plan, tokens)
+    if size and packs(geometry, plan.kv_format):
         chunk = min(plan.chunk_tokens, tokens)
         size += overflow_bytes(geometry, batch=plan.batch, chunk_tokens=chunk, in_place=in_place)
     return size

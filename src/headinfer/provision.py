@@ -18,8 +18,8 @@ from headinfer.heads import (
     OffloadedHeads,
     PackedHeads,
     PackedInPlace,
-    extent_sizes,
 )
+from headinfer.heads.memory import SegmentMemory
 from headinfer.layer import DiskSettings, Layer, RunnerSettings, Stats
 from headinfer.layout import HeadGroup
 from headinfer.link import Link
@@ -54,7 +54,7 @@ class Provision:
         ranges: list[DirectHeads | OffloadedHeads | PackedInPlace] = []
         codec = _codec(shape, link)
         group, expected = HeadGroup(0, resident), settings.expected_tokens
-        if resident and codec is not None and not settings.staging:
+        if resident and codec is not None and (settings.host_computes or not settings.staging):
             host = self.host()
             ranges.append(PackedInPlace(host, shape, group, codec=codec, expected_tokens=expected))
         elif resident:
@@ -74,21 +74,23 @@ class Provision:
             return
         tier = self._resident_tier_of(device)
         if isinstance(tier, DeviceTier):
-            counts = (min(heads, shape.num_kv_heads) for heads in planned if heads)
-            tier.take(sum(extent_sizes(shape, count, batch, tokens)) for count in counts)
+            groups = [HeadGroup(0, min(heads, shape.num_kv_heads)) for heads in planned if heads]
+            memories = [SegmentMemory(tier, shape, group) for group in groups]
+            tier.take(memory.extent_bytes(batch, tokens) for memory in memories)
 
     def offloaded(self, layer: Layer, heads: HeadGroup, link: Link) -> OffloadedHeads:
         """Heads of `layer` that do not stay where compute reads."""
         codec = _codec(layer.shape, link)
         if codec is not None:
             return PackedHeads(
-                self.host(),
+                self._offloaded_tier(),
                 layer.shape,
                 heads,
                 engine=link.engine,
                 device=layer.device,
                 codec=codec,
                 expected_tokens=self.settings.expected_tokens,
+                layer=layer.index,
             )
         return OffloadedHeads(
             self._offloaded_tier(),
@@ -105,9 +107,9 @@ class Provision:
         self, heads: DirectHeads | OffloadedHeads | PackedInPlace, device: torch.device
     ) -> Tier:
         """Where such heads lie."""
-        if isinstance(heads, DirectHeads):
-            return self._resident_tier_of(device)
-        return self._offloaded_tier()
+        if isinstance(heads, OffloadedHeads):
+            return self._offloaded_tier()
+        return self._resident_tier_of(device)
 
     @property
     def resident_tier(self) -> str:
@@ -123,6 +125,8 @@ class Provision:
                 budget_bytes=self.settings.host_bytes,
                 pin=self.pin,
                 wanted_bytes=self.settings.wanted_bytes,
+                kept_bytes=self.settings.kept_bytes,
+                beside_bytes=self.settings.beside_bytes,
                 touch=native.touch if native.why_absent() is None else None,
             )
         return self._host

@@ -153,38 +153,51 @@ class Runner:
     def _append_to(self, layer: Layer, place: int, k: Tensor, v: Tensor) -> None:
         heads = layer.ranges[place]
         mine = slice(heads.heads.start, heads.heads.stop)
-        if isinstance(heads, OffloadedHeads):
-            heads.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
-            return
-        try:
-            heads.append(k[:, mine], v[:, mine])
-        except TierFull as full:
-            if full.tier != self._provision.resident_tier or not isinstance(heads, DirectHeads):
-                raise
-            below = self._demote(layer, place, heads)
-            below.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
+        while True:
+            try:
+                if isinstance(heads, OffloadedHeads):
+                    heads.append(k[:, mine], v[:, mine], self._links[layer.device].buffers)
+                else:
+                    heads.append(k[:, mine], v[:, mine])
+                return
+            except TierFull as full:
+                if full.tier != self._provision.resident_tier:
+                    raise
+                if not isinstance(heads, OffloadedHeads):
+                    self._demote(layer, place)
+                elif not self._demote_some_layer():
+                    raise
+                heads = layer.ranges[place]
 
-    def _demote(self, layer: Layer, place: int, heads: DirectHeads) -> OffloadedHeads:
+    def _demote_some_layer(self) -> bool:
+        """The resident heads of the layer that has most go a tier down, for the sake of what has to
+        stay up here; False if there are none."""
+        found = [
+            (heads.stored_bytes, layer, place)
+            for layer in self.layers.values()
+            for place, heads in enumerate(layer.ranges)
+            if not isinstance(heads, OffloadedHeads) and heads.stored_bytes
+        ]
+        if not found:
+            return False
+        _, layer, place = max(found, key=lambda one: one[0])
+        self._demote(layer, place)
+        return True
+
+    def _demote(self, layer: Layer, place: int) -> None:
         """Resident heads go a tier down, and stay there; takes as long as copying them."""
         self.before_change()
-        below = self._provision.offloaded(layer, heads.heads, self._links[layer.device])
-        try:
-            step = DEMOTED_TOKENS if isinstance(below, PackedHeads) else 2**62
-            for piece in heads.pieces(heads.store.length):
-                for first in range(0, piece.k.shape[2], step):
-                    some = slice(first, first + step)
-                    k, v = piece.k[:, :, some], piece.v[:, :, some]
-                    below.append(k, v, self._links[layer.device].buffers)
-                    below.forget_recent()
-        except BaseException:
-            below.clear()
-            raise
-        heads.clear()
+        link = self._links[layer.device]
+        heads = layer.ranges[place]
+        below = self._provision.offloaded(layer, heads.heads, link)
+        if isinstance(heads, PackedInPlace) and isinstance(below, PackedHeads):
+            below.take_over(heads)
+        elif isinstance(heads, DirectHeads):
+            _append_all(below, heads, link)
         layer.ranges[place] = below
         self.demoted_heads += heads.heads.heads
         # Tiles staged ahead were listed without these heads.
         self._settle_ring()
-        return below
 
     def attend(self, index: int, length: int, query: Query) -> Tensor:
         """Attention of `query` over the first `length` tokens of layer `index`, [b, t, h, d].
@@ -313,7 +326,12 @@ class Runner:
         """The tokens before the first that could not be written to disk; None if all could."""
         for engine in self._disk_engines():
             engine.drain()
-        starts = [error.start for engine in self._disk_engines() for error in engine.lost]
+        disk = self._provision.disk
+        starts = [
+            place.start
+            for place in ([] if disk is None else disk.lost())
+            if place.layer in self.layers and self.layers[place.layer].stored > place.start
+        ]
         return min(starts, default=None)
 
     def _disk_engines(self) -> list[DiskEngine]:
@@ -383,8 +401,9 @@ class Runner:
                 found.near_bytes += link.near.attended_bytes
         for layer in self.layers.values():
             for heads in layer.ranges:
-                if isinstance(heads, OffloadedHeads):
+                if not isinstance(heads, DirectHeads):
                     found.tail_bytes += heads.tail_bytes
+                if isinstance(heads, OffloadedHeads):
                     found.written_bytes += heads.written_bytes
                     found.near_heads += heads.near_heads
         found.demoted_heads = self.demoted_heads
@@ -458,7 +477,7 @@ class Runner:
                     engine,
                     self._provision.disk_for(self.settings.disk),
                     pin=device.type == "cuda",
-                    slot_bytes=self.settings.slot_bytes,
+                    slot_bytes=self.settings.ring_slot_bytes or self.settings.slot_bytes,
                     num_slots=self.settings.num_slots,
                 )
             self._links[device] = Link(
@@ -498,6 +517,21 @@ class Runner:
             token_bytes=layer.shape.token_bytes(max(heads.store.batch, 1)),
             epoch=heads.store.epoch,
         )
+
+
+def _append_all(below: OffloadedHeads, heads: DirectHeads, link: Link) -> None:
+    """`below` holds what `heads` did, which are empty now."""
+    step = DEMOTED_TOKENS if isinstance(below, PackedHeads) else 2**62
+    try:
+        for piece in heads.pieces(heads.store.length):
+            for first in range(0, piece.k.shape[2], step):
+                some = slice(first, first + step)
+                below.append(piece.k[:, :, some], piece.v[:, :, some], link.buffers)
+                below.forget_recent()
+    except BaseException:
+        below.clear()
+        raise
+    heads.clear()
 
 
 class Unfilled(NamedTuple):

@@ -33,7 +33,8 @@ class Lane(Enum):
 
 
 class Copy(NamedTuple):
-    """`dst` becomes a copy of `src`: same shape and type, both contiguous."""
+    """`dst` becomes a copy of `src`: same shape and type, both contiguous; `src` need not be where it
+    is a few bytes out of each of many blocks, and neither is on disk."""
 
     dst: Tensor
     src: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,49 @@ def test_doctor_measures_a_disk(
     assert found["write_bytes_s"] > 0
     text = headinfer("doctor", "--disk", str(tmp_path)).out
     assert f"{tmp_path} is read at " in text
+    assert "GPUDirect Storage: not used (KvikIO is not installed). On the way to a GPU" in text
+    assert found["gpu_direct"] in text
     assert len(list((tmp_path / "cache").glob("disk-*.json"))) == 1
+
+
+def test_doctor_says_that_kvikio_is_there_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headinfer.hf import disk_probe
+
+    def version(package: str) -> str:
+        if package != "kvikio-cu12":
+            raise PackageNotFoundError(package)
+        return "26.10.0"
+
+    monkeypatch.setattr(disk_probe, "version", version)
+    said = disk_probe.gpu_direct()
+    assert said.startswith("GPUDirect Storage: not used (KvikIO 26.10.0 is installed). ")
+    assert "read into page-locked host memory" in said
+
+
+def test_packed_keys_on_disk_are_planned_and_predicted(
+    headinfer: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headinfer.hf.remembered import remember_disk
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(geometry, "free_bytes", lambda folder: 2**40)
+    config = Path(__file__).parents[1] / "configs" / "llama-3-8b.json"
+    (tmp_path / "config.json").write_text(config.read_text())
+    remember_disk(str(tmp_path), read_bytes_s=2e9, write_bytes_s=1e9)
+    asked = ("plan", str(tmp_path), "--tokens", "256K", "--gpu", "RTX 4090", "--ram", "16GiB",
+             "--disk", str(tmp_path))  # fmt: skip
+    exact, packed = (
+        json.loads(headinfer(*asked, "--kv-format", name, "--json").out)
+        for name in ("exact", "lossless")
+    )
+    assert packed["kv_format"] == "lossless"
+    assert packed["kept_bytes"] > exact["kept_bytes"] == 0
+    assert packed["predicted_disk_bytes"] < 0.76 * exact["predicted_disk_bytes"]
+    steps = [found["contexts"][-1]["predicted_itl_s"] for found in (exact, packed)]
+    assert steps[1] < 0.76 * steps[0]
+    text = headinfer(*asked, "--kv-format", "lossless").out
+    assert "in host memory and on disk are stored without loss in 75.7% of their bytes" in text
+    assert "are kept for packed blocks" in text
 
 
 def test_what_cannot_be_is_one_line(

@@ -108,17 +108,14 @@ def test_what_could_not_be_written_never_answers(
         whole = generated(llama, ids, 12)
         assert run.cache is not None
         assert run.cache.backing.runner is not None
-        run.cache.backing.runner.complete_tokens()  # no write of this cache is left to fail
+        assert run.cache.backing.runner.complete_tokens() is None  # no write is left to fail
         trouble.write_code, trouble.spare_writes = errno.ENOSPC, trouble.writes // 2
         with pytest.raises(DiskError, match=os.strerror(errno.ENOSPC)) as caught:
             generated(llama, ids, 12)
         trouble.write_code = None
         cache = run.cache
         assert cache is not None
-        # Under load the length kept was once seen beyond the tokens that the error names, for a
-        # reason not yet known: what is held here is that the answer is the right one.
-        assert caught.value.start < 420
-        assert cache.crop_to_complete() < 420
+        assert cache.crop_to_complete() == caught.value.start < 420
         assert generated(llama, ids, 12, **cache_argument(llama, cache)) == whole
 
 

@@ -247,6 +247,38 @@ def test_a_write_that_fails_is_named_and_what_was_written_stays(tmp_path, kind, 
     runner.close()
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dim", [10, 16])
+def test_what_is_complete_is_what_the_error_names(tmp_path, dim, copied, monkeypatch):
+    """Also where a token's keys do not lie on blocks of the file, and a read of a tile that began
+    before the lost tokens is what meets them."""
+    monkeypatch.setattr(sys.modules[__name__], "DIM", dim)
+    trouble, random = Trouble(seed=5), torch.Generator().manual_seed(3)
+    runner = make(tmp_path, kind="cpu", trouble=trouble)
+    for _ in range(9):  # into a second segment
+        forward(runner, random, 128)
+    if copied:
+        held, runner = runner, runner.clone()
+        held.close()
+    drain(runner)
+    assert runner.complete_tokens() is None
+    trouble.write_code = errno.EIO
+    with pytest.raises(DiskError) as caught:
+        chunks(runner, random, 4)
+    trouble.write_code = None
+    whole = 1152 * 4 * dim // 4096 * 4096 // (4 * dim)  # tokens before the first block that failed
+    assert runner.complete_tokens() == caught.value.start
+    assert whole <= caught.value.start <= 1152
+    for layer in range(LAYERS):
+        runner.crop(layer, caught.value.start)
+    assert runner.complete_tokens() is None
+    for layer in range(LAYERS):
+        assert torch.isfinite(runner.gather(layer, caught.value.start, values=True)).all()
+    chunks(runner, random, 3)
+    assert runner.complete_tokens() is None
+    runner.close()
+
+
 def test_what_was_not_written_cannot_be_read(tmp_path):
     trouble, random = Trouble(), torch.Generator().manual_seed(3)
     runner = make(tmp_path, kind="cpu", trouble=trouble)

@@ -4,6 +4,11 @@ to the cache, with copies as late as allowed, and bytes as bad as they come."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import tempfile
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,19 +16,32 @@ from hypothesis import strategies as st
 
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
-from headinfer.errors import LosslessCorrupt, TierFull
+from headinfer.blocks import CHUNK_BYTES
+from headinfer.errors import DiskError, LosslessCorrupt, TierFull
 from headinfer.formats.lossless import BlockLayout
-from headinfer.heads import PackedHeads, PackedInPlace
-from headinfer.layer import RunnerSettings
+from headinfer.heads import Codec, PackedHeads, PackedInPlace
+from headinfer.layer import DiskSettings, RunnerSettings
+from headinfer.layout import aligned
 from headinfer.runner import Runner
 from headinfer.testing.blocks import bits_of
+from headinfer.testing.disks import Trouble
 from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
 from headinfer.totals import Query
 
+KEPT = aligned(max(1, CHUNK_BYTES // BlockLayout(16).entry_bytes) * BlockLayout(16).entry_bytes)
+"""What overflow grows by."""
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYERS = 2
-PLACEMENTS = ["in place", "staged", "partly resident", "demoting", "near half", "near"]
+# Heads that stay above the disk: where the CPU computes, and beside a device.
+HOST_AND_DISK = {"disk": (), "host and disk": (1, 2), "leaving host memory": (9, 9)}
+SPILLING = {"spilling": (1, 0), "nothing but disk": (), "near and disk": ()}
+PLACEMENTS = [
+    *("in place", "staged", "partly resident", "demoting", "near half", "near"),
+    *HOST_AND_DISK,
+    *SPILLING,
+]
 
 
 def late_engine(device):
@@ -31,22 +49,36 @@ def late_engine(device):
 
 
 def make_runner(device, kv_format, placement, *, late=True, slot_bytes=2**16, **more):
-    residents = {"partly resident": (1, 2), "demoting": (9, 9)}.get(placement, ())
+    residents = {"partly resident": (1, 2), "demoting": (9, 9), **HOST_AND_DISK, **SPILLING}
+    shares = {"near half": 0.5, "near": 1.0, "near and disk": 0.5}
+    how = {}
     if placement == "demoting":  # room for a part only
         more.setdefault("resident_bytes", 120_000)
-    more.setdefault("near_share", {"near half": 0.5, "near": 1.0}.get(placement, 0.0))
+    if placement in HOST_AND_DISK or placement in SPILLING:
+        more.setdefault("disk", DiskSettings(tempfile.gettempdir()))
+        more["host_computes"] = placement in HOST_AND_DISK and torch.device(device).type == "cpu"
+        if placement == "leaving host memory":  # what packed blocks keep there does not leave
+            more.setdefault("host_bytes", 200_000 + 4 * KEPT * (kv_format == "lossless"))
+        elif placement in SPILLING:
+            room = 0 if placement == "nothing but disk" else 150_000
+            more.setdefault("host_bytes", room + 20 * KEPT * (kv_format == "lossless"))
+        if kv_format == "lossless":
+            more.setdefault("kept_bytes", more.get("host_bytes", 0) // KEPT * KEPT)
+        how["disk_queue"] = more.pop("trouble", Trouble(seed=slot_bytes)).queue
+    more.setdefault("near_share", shares.get(placement, 0.0))
     return Runner(
         RunnerSettings(
             staging=placement != "in place" or device == "cuda",
             slot_bytes=slot_bytes,
             num_slots=3,
             write_bytes=2**18,
-            resident_heads=residents,
+            resident_heads=residents.get(placement, ()),
             kv_format=kv_format,
             poison=True,
             **more,
         ),
         engine=late_engine if late else None,
+        **how,
     )
 
 
@@ -156,8 +188,10 @@ def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data)
         expected_tokens=data.draw(st.sampled_from([None, 2000]), label="expected tokens"),
     )
     # In place, runs of tokens are attended one by one, and without a length told they are cut
-    # elsewhere: another order of the same sums.
-    pair.same = placement != "in place" or pair.packed.settings.expected_tokens is not None
+    # elsewhere: another order of the same sums. Fewer bytes leave host memory later.
+    in_place = placement in ("in place", "host and disk")
+    pair.same = not in_place or pair.packed.settings.expected_tokens is not None
+    pair.same = pair.same and placement != "leaving host memory"
     pair.forward(data.draw(st.sampled_from([1, 127, 128, 129, 300, 700]), label="prompt"), batch)
     for _ in range(data.draw(st.integers(0, 6), label="steps")):
         kind = data.draw(
@@ -177,7 +211,7 @@ def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data)
                 st.lists(st.integers(0, batch - 1), min_size=1, max_size=3), label="rows"
             )
             pair.reorder(rows)
-            pair.same = pair.same and placement != "in place"
+            pair.same = pair.same and not in_place
             batch = len(rows)
     pair.finish()
 
@@ -238,9 +272,9 @@ def test_blocks_that_do_not_compress_are_counted_and_their_overflow_comes_back(d
     assert overflow.used == 0
 
 
-def forever(pair):
+def forever(pair, tokens=256):
     while True:
-        pair.forward(256, 1)
+        pair.forward(tokens, 1)
 
 
 def decode_slowly(pair):
@@ -352,3 +386,226 @@ def test_decoding_some_heads_at_a_time_is_the_same(without, monkeypatch):
     pair.same = not without
     pair.forward(70, 2)
     pair.finish()
+
+
+KINDS_OF_DISK = ["disk", "nothing but disk", "near and disk"]
+
+
+def on_disk(placement, trouble, *, dims=(64, 48), **more):
+    """All blocks on a disk that fails when `trouble` says so."""
+    return Pair("cpu", placement, dims=dims, late=False, trouble=trouble, slot_bytes=2**17, **more)
+
+
+def drained(pair):
+    for runner in pair.both:
+        for link in runner.links:
+            link.engine.drain()
+
+
+@pytest.mark.parametrize("placement", KINDS_OF_DISK)
+@pytest.mark.parametrize("code", [errno.EIO, 0])
+def test_a_packed_block_that_cannot_be_read_is_named_and_the_next_pass_works(placement, code):
+    trouble = Trouble(seed=2)
+    pair = on_disk(placement, trouble)
+    pair.exact = make_runner("cpu", "exact", placement, late=False, slot_bytes=2**17)
+    pair.forward(700, 1)
+    pair.forward(1, 1)
+    drained(pair)
+    pair.packed._settle()
+    trouble.read_code = code
+    with pytest.raises(DiskError, match=r"layer \d, head \d: (keys|values) of tokens \d") as caught:
+        pair.forward(1, 1)
+    assert caught.value.code == code
+    assert caught.value.start % 128 == 0
+    trouble.read_code = None
+    pair.crop(701)  # what the layers before had taken
+    pair.forward(1, 1)
+    pair.finish()
+
+
+@pytest.mark.parametrize("placement", KINDS_OF_DISK)
+@pytest.mark.parametrize("kind", ["normal", "mixed"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_packed_block_that_cannot_be_written_is_cropped_away(placement, kind, code):
+    """Blocks do not begin with blocks of the file: the last one written goes with the lost one. What
+    was set aside for raw ones comes back."""
+    trouble = Trouble(seed=3)
+    pair = on_disk(placement, trouble, kind=kind)
+    pair.exact = make_runner("cpu", "exact", placement, late=False, slot_bytes=2**17)
+    for _ in range(4):
+        pair.forward(128, 1)
+    drained(pair)
+    assert pair.packed.complete_tokens() is None
+    trouble.write_code = code
+    with pytest.raises(DiskError, match=os.strerror(code)) as caught:
+        forever(pair, 128)
+    trouble.write_code = None
+    start = caught.value.start
+    assert start == pair.packed.complete_tokens()
+    assert 384 <= start <= 512
+    for layer in range(LAYERS):
+        assert min(runner.layers[layer].length for runner in pair.both) >= start
+    pair.crop(start)
+    assert pair.packed.complete_tokens() is None
+    for _ in range(3):
+        pair.forward(128, 1)
+    pair.forward(1, 1)
+    drained(pair)
+    assert pair.packed.complete_tokens() is None
+    overflows = [overflow_of(pair.packed, dim) for dim in pair.dims]
+    pair.finish()
+    assert [overflow.used for overflow in overflows] == [0, 0]
+
+
+@pytest.mark.parametrize("placement", ["disk", "nothing but disk"])
+def test_a_step_reads_three_quarters_from_disk(placement):
+    pair = on_disk(placement, Trouble(slow_s=0), dims=(128, 128), expected_tokens=1280)
+    for tokens in (1024, 1, 1, 1):
+        pair.forward(tokens, 1)
+    before = [runner.stats() for runner in pair.both]
+    for _ in range(5):
+        pair.forward(1, 1)
+    after = [runner.stats() for runner in pair.both]
+    exact, packed = (
+        now.disk_read_bytes - then.disk_read_bytes for then, now in zip(before, after, strict=True)
+    )
+    assert exact == 5 * LAYERS * 2 * 2 * 1024 * 128 * 2
+    assert packed == exact * BlockLayout(128).slot_bytes // (2 * 128 * 128)
+    assert after[1].dropped_tiles == before[1].dropped_tiles
+    assert set(pair.packed.ratios().values()) == {BlockLayout(128).slot_bytes / (2 * 128 * 128)}
+    pair.finish()
+
+
+def test_on_a_cpu_tiles_from_disk_are_attended_packed(monkeypatch):
+    """Nothing is decoded in a decode step but within the kernel."""
+    if native.why_absent() is not None:
+        pytest.skip(str(native.why_absent()))
+    pair = on_disk("disk", Trouble())
+    pair.forward(600, 1)
+    pair.forward(1, 1)
+    decoded = []
+    monkeypatch.setattr(
+        "headinfer.heads.packed_pieces.decode_on_host", lambda run, out, **how: decoded.append(run)
+    )
+    monkeypatch.setattr(Codec, "decode", lambda self, *how: decoded.append(how))
+    for _ in range(3):
+        pair.forward(1, 1)
+    assert decoded == []
+    monkeypatch.undo()
+    pair.finish()
+
+
+@pytest.mark.parametrize("placement", ["disk", "host and disk", "nothing but disk"])
+def test_forgetting_counting_and_copying_read_no_block_to_learn_which_are_raw(placement):
+    pair = on_disk(placement, Trouble(slow_s=0), kind="mixed")
+    pair.forward(1024, 1)
+    drained(pair)
+    read = pair.packed.stats().disk_read_bytes
+    assert 0.8 < max(pair.packed.ratios().values()) <= 1.02
+    pair.crop(512)
+    used = overflow_of(pair.packed, 64).used
+    assert used > 0
+    assert pair.packed.stats().disk_read_bytes == read
+    twin = pair.packed.clone()
+    assert overflow_of(twin, 64).used == used
+    assert twin.ratios() == pair.packed.ratios()
+    twin.close()
+    overflow = overflow_of(pair.packed, 64)
+    pair.finish()
+    assert overflow.used == 0
+
+
+class Filled:
+    """A runner that tokens are put into, half of their blocks raw, and what it has to hold."""
+
+    def __init__(self, **more):
+        self.runner = make_runner(
+            "cpu", "lossless", "leaving host memory", late=False, trouble=Trouble(slow_s=0), **more
+        )
+        self.k = {layer: [] for layer in range(LAYERS)}
+        self.length = 0
+
+    def put(self, tokens=256):
+        for layer in range(LAYERS):
+            bits = bits_of("wide", 8 * tokens // 128, 128, self.length + layer)
+            bits[::2] = bits_of("tall", len(bits[::2]), 128, self.length + layer)
+            bits[1::4] = bits_of("any bits", len(bits[1::4]), 128, self.length + layer)
+            k = bits.view(1, 8, tokens, 128)
+            self.runner.append(layer, k, k)
+            self.k[layer].append(k)
+        self.length += tokens
+
+    def finish(self):
+        for layer in range(LAYERS):
+            found = self.runner.gather(layer, self.length, values=True)
+            expected = torch.cat(self.k[layer], dim=2)[:, :, : self.length]
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+        self.runner.close()
+
+
+def chunk_bytes(dim):
+    size = BlockLayout(dim).entry_bytes
+    return aligned(max(1, CHUNK_BYTES // size) * size)
+
+
+def test_layers_go_to_disk_to_make_room_for_what_raw_blocks_leave_in_host_memory():
+    """Layers that are there already leave it for blocks of others that do not compress."""
+    host = 9 * chunk_bytes(128)
+    filled = Filled(host_bytes=host, kept_bytes=chunk_bytes(128))
+    demoted = []
+    while not demoted or demoted[-1] < LAYERS * 8:
+        filled.put()
+        demoted.append(filled.runner.stats().demoted_heads)
+        assert filled.runner.stats().host_bytes <= host
+    assert demoted[0] == 0
+    assert demoted[-2] == 8
+    filled.put()
+    filled.finish()
+
+
+def test_layers_leave_host_memory_as_they_are_packed(monkeypatch):
+    """Blocks go to disk as they lie: nothing is decoded, nothing is encoded again."""
+    pair = on_disk("leaving host memory", Trouble(slow_s=0), kind="mixed", dims=(64, 64),
+                   host_bytes=8 * 2**20, kept_bytes=2**20)  # fmt: skip
+    pair.same = False
+    pair.forward(512, 1)
+    pair.forward(70, 1)
+    assert pair.packed.stats().disk_bytes == 0
+    used = overflow_of(pair.packed, 64).used
+    with monkeypatch.context() as no:
+        no.setattr(Codec, "encode", lambda self, *how: 1 / 0)
+        no.setattr(Codec, "decode", lambda self, *how: 1 / 0)
+        assert pair.packed._demote_some_layer()
+        assert pair.packed._demote_some_layer()
+        assert not pair.packed._demote_some_layer()
+    assert overflow_of(pair.packed, 64).used == used
+    held = sum(
+        one.entries * one.layout.entry_bytes
+        for one in pair.packed.links[0].codec.overflows.values()
+    )
+    assert 0 <= pair.packed.stats().host_bytes - held < 2**16  # labels
+    for tokens in (58, 300, 1):
+        pair.forward(tokens, 1)
+    pair.finish()
+
+
+def fill(filled):
+    while True:
+        filled.put()
+
+
+def test_what_host_memory_has_no_room_for_names_a_budget_that_works():
+    """Nothing is left to leave host memory, and raw blocks still come."""
+    room = 2 * chunk_bytes(128)
+    filled = Filled(host_bytes=room, kept_bytes=room, beside_bytes=12345)
+    with pytest.raises(TierFull, match=r"compress badly: .*kv_format='exact'") as caught:
+        fill(filled)
+    assert caught.value.tier == "host"
+    for layer in range(LAYERS):
+        filled.runner.crop(layer, filled.length)
+    filled.finish()
+    named = int(re.search(r"raise host_memory to (\d+) bytes", str(caught.value))[1])
+    enough = Filled(host_bytes=named - 12345, kept_bytes=named - 12345, beside_bytes=12345)
+    while enough.length <= filled.length:
+        enough.put()
+    enough.finish()

@@ -278,7 +278,9 @@ bool disk_holds(int64_t alignment) {
   good = good && headinfer_disk_fail(queue, job, 5, &lost, 1) == HEADINFER_OK;
   job = headinfer_disk_job(queue, 0, 0);
   good = good && headinfer_disk_start(queue, job, &lost, 1) == HEADINFER_OK &&
-         headinfer_disk_ask(queue, job, 1, 1, &fault) == 1 && fault.code == 5;
+         headinfer_disk_ask(queue, job, 1, 1, &fault) == 1 && fault.code == 5 &&
+         headinfer_disk_lost(queue, 0, &fault) == 1 && fault.offset == 8192 && fault.nbytes == 1 &&
+         headinfer_disk_lost(queue, 1, &fault) == 0;
   headinfer_disk_drain(queue);
   headinfer_disk_close(queue);
   std::fclose(file);

@@ -17,7 +17,7 @@ from headinfer.attention import native
 from headinfer.errors import DiskError, InputError, TierClosed, TierFull
 from headinfer.spill import queue_for
 from headinfer.tiers import disk as disk_module
-from headinfer.tiers.disk import ALIGNMENT, DiskTier, op_of
+from headinfer.tiers.disk import ALIGNMENT, DiskTier, Place, op_of
 from headinfer.tiers.disk_queue import Op, ThreadQueue
 
 built = pytest.mark.skipif(
@@ -116,6 +116,98 @@ def test_a_write_that_never_begins_fails_and_its_place_is_lost(tier):
     tier.fill(memory, view)
 
 
+def test_what_shares_a_block_with_a_write_that_failed_is_lost_with_it(tmp_path):
+    """A block of the file that was to be changed in part may hold nothing any more."""
+    codes = [None]
+
+    def write(descriptor, buffers, offset):
+        if codes[0] is not None:
+            raise OSError(codes[0], "no")
+        return os.pwritev(descriptor, buffers, offset)
+
+    tier = DiskTier(tmp_path, queue=lambda *how: ThreadQueue(*how, write=write))
+    if tier.direct_refused is not None:
+        pytest.skip(f"blocks of the file do not matter here: {tier.direct_refused}")
+    extent = tier.allocate(4 * ALIGNMENT)
+    view = tier.view(extent, 0, (4 * ALIGNMENT,), torch.uint8)
+    memory = torch.ones(4 * ALIGNMENT, dtype=torch.uint8)
+    tier.store(view, memory)
+    assert tier.queue.lost() == []
+    codes[0] = errno.EIO
+    part = slice(ALIGNMENT + 100, 3 * ALIGNMENT + 50)
+    with pytest.raises(DiskError):
+        tier.store(view[part], memory[part])
+    codes[0] = None
+    start = tier.place_of(view)
+    lost = sorted((fault.offset - start, fault.nbytes) for fault in tier.queue.lost())
+    assert lost[0][0] == ALIGNMENT
+    assert lost[-1][0] + lost[-1][1] == 4 * ALIGNMENT
+    tier.fill(memory[:ALIGNMENT], view[:ALIGNMENT])
+    for place in (ALIGNMENT, 4 * ALIGNMENT - 1):  # its neighbours on either side
+        with pytest.raises(DiskError):
+            tier.fill(memory[:1], view[place : place + 1])
+    tier.store(view[ALIGNMENT:], memory[ALIGNMENT:])
+    assert tier.queue.lost() == []
+    tier.fill(memory, view)
+    tier.close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_token_lost_is_named_whichever_part_of_a_write_fails_first(tmp_path, first):
+    """Parts of a write fail in any order, and so may other writes that are under way."""
+    order = [threading.Event(), threading.Event()]
+    order[0].set()
+    failing = threading.Event()
+
+    def write(descriptor, buffers, offset):
+        if not failing.is_set():
+            return os.pwritev(descriptor, buffers, offset)
+        place = offset // ALIGNMENT
+        mine = 0 if place == first else 1
+        assert order[mine].wait(10)
+        order[1].set()
+        raise OSError(errno.EIO, "no")
+
+    tier = DiskTier(tmp_path, queue=lambda *how: ThreadQueue(*how, write=write))
+    extent = tier.allocate(2 * ALIGNMENT)
+    tier.name_extent(
+        extent, lambda offset, nbytes: Place(0, f"bytes {offset}", offset // ALIGNMENT)
+    )
+    view = tier.view(extent, 0, (2, ALIGNMENT), torch.uint8)
+    memory = torch.ones(2, ALIGNMENT, dtype=torch.uint8)
+    failing.set()
+    jobs = [tier.write([op_of(tier, memory[place], view[place])]) for place in range(2)]
+    with pytest.raises(
+        DiskError, match=f"bytes {first * ALIGNMENT} could .* before token 0 is"
+    ) as caught:
+        tier.over(jobs[first], block=True)
+    assert caught.value.start == 0
+    assert sorted(place.start for place in tier.lost()) == [0, 1]
+    tier.free(extent)
+    assert tier.lost() == []
+    tier.close()
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_a_read_of_what_was_lost_names_that_alone(tmp_path, queue):
+    tier = DiskTier(tmp_path, queue=queue)
+    extent = tier.allocate(4 * ALIGNMENT)
+    tier.name_extent(extent, lambda offset, nbytes: Place(0, f"{nbytes} from {offset}", offset))
+    view = tier.view(extent, 0, (4 * ALIGNMENT,), torch.uint8)
+    memory = torch.ones(4 * ALIGNMENT, dtype=torch.uint8)
+    tier.store(view, memory)
+    job = tier.queue.job(write=True)
+    there = slice(2 * ALIGNMENT, 3 * ALIGNMENT)
+    tier.queue.fail(job, errno.EIO, [op_of(tier, memory[there], view[there])])
+    assert [tuple(fault)[1:3] for fault in tier.queue.lost()] == [
+        (tier.place_of(view[there]), ALIGNMENT)
+    ]
+    with pytest.raises(DiskError, match=f"^{ALIGNMENT} from {2 * ALIGNMENT} could") as caught:
+        tier.fill(memory, view)
+    assert caught.value.start == 2 * ALIGNMENT
+    tier.close()
+
+
 def test_the_end_of_the_file_is_an_error(tier):
     memory = torch.zeros(ALIGNMENT, dtype=torch.uint8)
     job = tier.read([Op(2**30, memory.data_ptr(), ALIGNMENT)])
@@ -168,9 +260,9 @@ def test_the_budget_is_a_hard_cap_and_the_message_names_what_works(tmp_path):
 def test_a_computed_tensor_is_never_taken_for_a_place(tier):
     extent = tier.allocate(ALIGNMENT)
     view = tier.view(extent, 0, (64, 8), torch.int64)
-    with pytest.raises(TypeError, match="is not on this disk"):
+    with pytest.raises(TypeError, match="is not one place of this disk"):
         tier.place_of(view + 1)
-    with pytest.raises(TypeError, match="is not on this disk"):
+    with pytest.raises(TypeError, match="is not one place of this disk"):
         tier.place_of(torch.zeros(4))
     assert tier.place_of(view[3]) == extent.offset + 3 * 64
 

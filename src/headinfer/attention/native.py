@@ -24,7 +24,7 @@ from headinfer.errors import InputError
 LIBRARY = Path("lib", "libheadinfer_native.so")
 """Below the folder of the package."""
 
-ABI = 4
+ABI = 5
 MAX_THREADS = 1024
 MAX_DIM = 1024
 MAX_Q_PER_KV = 16

@@ -135,8 +135,8 @@ KVFormatOption = Annotated[
     typer.Option(
         "--kv-format",
         metavar="|".join(KVFormat),
-        help="How keys and values are stored in host memory; lossless takes three quarters of the "
-        "bytes, for the same bits. Default: the plan decides.",
+        help="How keys and values are stored in host memory and on disk; lossless takes three "
+        "quarters of the bytes, for the same bits. Default: the plan decides.",
         show_default=False,
         rich_help_panel=MEMORY,
     ),

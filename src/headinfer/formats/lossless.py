@@ -14,11 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headinfer.blocks import HEADER_BYTES, MAX_DIM, STEP_DIM, BlockLayout, why_not_packed
+from headinfer.blocks import (
+    HEADER_BYTES,
+    LABEL_BYTES,
+    MAX_DIM,
+    STEP_DIM,
+    BlockLayout,
+    why_not_packed,
+)
 from headinfer.errors import LosslessCorrupt
 from headinfer.layout import BLOCK_TOKENS
 
-__all__ = ["BlockLayout", "decode", "encode", "layout_of", "point_to", "raw_indices", "why_not"]
+__all__ = [
+    "BlockLayout",
+    "decode",
+    "encode",
+    "labelled_indices",
+    "layout_of",
+    "point_to",
+    "raw_indices",
+    "why_not",
+]
 
 VERSION = 1
 PACKED, RAW = 0, 1
@@ -101,9 +117,13 @@ def layout_of(slots: Tensor) -> BlockLayout:
 
 def raw_indices(slots: Tensor, dim: int) -> Tensor:
     """The overflow indices that the raw ones of slots [..., slot_bytes] name, int64."""
-    at = BlockLayout(dim).header
-    head = slots[..., at : at + HEADER_BYTES + 4].reshape(-1, HEADER_BYTES + 4)
-    return _number(head[head[:, 1] == RAW][:, HEADER_BYTES:])
+    return labelled_indices(slots[..., BlockLayout(dim).label])
+
+
+def labelled_indices(labels: Tensor) -> Tensor:
+    """As `raw_indices`, of the labels [..., LABEL_BYTES] of blocks alone."""
+    flat = labels.reshape(-1, LABEL_BYTES)
+    return _number(flat[flat[:, 1] == RAW][:, HEADER_BYTES:])
 
 
 def _encode(values: Tensor) -> Packed:

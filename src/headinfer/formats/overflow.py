@@ -107,6 +107,14 @@ class Overflow:
             self.ring[self._issued % self.ring.numel()] = number
             self._issued += 1
 
+    def give_back(self, since: Tensor) -> None:
+        """The entries taken since `counter` was `since` are free again: what was encoded with them is
+        not kept, and nothing is under way."""
+        first, last = int(since), int(self.counter)
+        self.landed.copy_(self.counter)
+        taken = [int(self.ring[place % self.ring.numel()]) for place in range(first, last)]
+        self.give(torch.tensor(taken, dtype=torch.int32))
+
     def fetch(self, indices: Tensor) -> Tensor:
         """The entries at `indices` [m], copied to where `indices` are.
 

@@ -17,12 +17,12 @@ from headinfer.heads.memory import (
     Mapped,
     Piece,
     SavedLayer,
-    extent_sizes,
     of_group,
 )
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
-from headinfer.heads.packed import PackedHeads, PackedInPlace
-from headinfer.heads.packed_memory import PackedPiece
+from headinfer.heads.packed import PackedHeads
+from headinfer.heads.packed_in_place import PackedInPlace
+from headinfer.heads.packed_pieces import PackedPiece
 
 __all__ = [
     "Adopt",
@@ -38,6 +38,5 @@ __all__ = [
     "Piece",
     "SavedLayer",
     "WriteBuffers",
-    "extent_sizes",
     "of_group",
 ]

@@ -20,9 +20,10 @@ from headinfer.blocks import WRITES_AHEAD
 from headinfer.errors import LosslessCorrupt, TierError
 from headinfer.formats import lossless
 from headinfer.formats.overflow import Overflow
-from headinfer.layout import BLOCK_TOKENS
+from headinfer.layout import BLOCK_TOKENS, Extent
+from headinfer.spill import DiskEngine
 from headinfer.tiers import HostTier
-from headinfer.transfer import Copy, Ticket, TransferEngine
+from headinfer.transfer import Copy, InlineEngine, Ticket, TransferEngine
 
 
 class Codec:
@@ -43,6 +44,9 @@ class Codec:
     ) -> None:
         self.device = device
         self._engine = engine
+        inner = engine.inner if isinstance(engine, DiskEngine) else engine
+        # An encoding is over when it returns.
+        self._at_once = isinstance(inner, InlineEngine)
         self._host = host
         self._poison = poison
         self._overflow: dict[int, Overflow] = {}
@@ -59,8 +63,7 @@ class Codec:
     def overflow(self, dim: int) -> Overflow:
         found = self._overflow.get(dim)
         if found is None:
-            # In place, an encoding is over when it returns.
-            ahead = WRITES_AHEAD if self.unpacked.numel() else 1
+            ahead = 1 if self._at_once else WRITES_AHEAD
             found = self._overflow[dim] = Overflow(
                 dim, self._allocate, self.device, wait=self._done, ahead=ahead
             )
@@ -75,6 +78,11 @@ class Codec:
         with self._lock:
             for dim, count in blocks.items():
                 self.overflow(dim).reserve(count)
+
+    def taken(self, *dims: int) -> list[tuple[Overflow, Tensor]]:
+        """How many entries blocks of `dims` have taken so far, for `Overflow.give_back`."""
+        found = [self.overflow(dim) for dim in dict.fromkeys(dims)]
+        return [(one, one.counter.clone()) for one in found]
 
     def counted(self, *dims: int) -> list[Copy]:
         """The copies, after an encoding, that tell the host how many entries it took."""
@@ -154,22 +162,38 @@ class Codec:
                 block=block,
             )
 
-    def _allocate(self, nbytes: int) -> Tensor:
+    def hold(self, nbytes: int) -> tuple[Tensor, Extent]:
+        """`nbytes` zeros in host memory that the device reaches, part of the host budget until they
+        are given to `release`.
+
+        Raises:
+            TierFull: the host budget does not allow them.
+            TierError: the system gives none.
+        """
         # Not an extent of the tier's own: a GPU reaches registered memory under its host address
         # only on some systems, memory that CUDA allocated on all of them.
         pin = self.device.type == "cuda"
         try:
             with torch.inference_mode(False):
-                found = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+                found = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pin)
         except RuntimeError as error:
             raise TierError(
                 f"the system gave no {nbytes} B of {'page-locked ' if pin else ''}host memory for blocks "
                 f"that do not compress ({error}). Use kv_format='exact'"
             ) from error
-        self._host().adopt(found, nbytes)
-        return found
+        return found, self._host().adopt(found, nbytes, kept=True)
+
+    def release(self, extent: Extent) -> None:
+        """What `hold` gave is not needed any more."""
+        self._host().free(extent)
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        return self.hold(nbytes)[0]
 
     def _done(self, ticket: object, block: bool) -> bool:
+        # What goes on to disk has been counted by then.
+        if isinstance(self._engine, DiskEngine):
+            return self._engine.copied(ticket, block=block)
         return self._engine.done(ticket, block=block)
 
 

@@ -16,9 +16,11 @@ from headinfer.heads.pieces import Piece as Piece
 from headinfer.heads.pieces import clip as clip
 from headinfer.heads.pieces import of_group as of_group
 from headinfer.layout import Extent, HeadGroup, Span, aligned
+from headinfer.spill import SpillTier
 from headinfer.store import Run, Segment
 from headinfer.tiers import HostTier, Tier
-from headinfer.tiers.disk import DiskTier, Place
+from headinfer.tiers.disk import ARENA as ON_DISK
+from headinfer.tiers.disk import DiskTier, Place, whole_blocks
 
 GATHER_BYTES = 32 * 2**20
 """Keys and values whose rows are mapped are put in order for a kernel this much at a time."""
@@ -85,11 +87,27 @@ class SavedLayer(NamedTuple):
     guard: Guard
 
 
-def extent_sizes(shape: KVShape, heads: int, rows: int, capacity: int) -> tuple[int, int]:
-    """Bytes of an extent's keys, and of its values."""
-    count = heads * rows * capacity
-    k_bytes = aligned(count * shape.key_dim * shape.dtype.itemsize)
-    return k_bytes, count * shape.value_dim * shape.dtype.itemsize
+class Unit(NamedTuple):
+    """What the keys, or the values, of one head and row are a run of.
+
+    Attributes:
+        tokens: that one unit holds; segments hold whole units.
+        width: values of `dtype` in one.
+    """
+
+    tokens: int
+    width: int
+    dtype: torch.dtype
+
+    def run_bytes(self, capacity: int) -> int:
+        """Bytes of the units that hold `capacity` tokens."""
+        return capacity // self.tokens * self.width * self.dtype.itemsize
+
+    def run_room(self, capacity: int, *, paged: bool) -> int:
+        """Bytes from one head and row to the next. On disk each begins with a block of the file, so
+        that a write which fails takes with it what is next to it of the same head alone."""
+        nbytes = self.run_bytes(capacity)
+        return whole_blocks(nbytes) if paged else nbytes
 
 
 class SegmentMemory:
@@ -98,15 +116,21 @@ class SegmentMemory:
     Attributes:
         guard: looks at saved tokens before they are read for the first time.
         layer: its number, for messages.
+        units: of keys and of values.
+        starts: by segment, the first token there is room for; for messages.
         disk: where some segments may lie, their k and v then on the "meta" device.
     """
+
+    units: tuple[Unit, Unit]
 
     def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup, layer: int = -1) -> None:
         self.tier = tier
         self.layer = layer
         self.shape = shape
         self.heads = heads
+        self.units = Unit(1, shape.key_dim, shape.dtype), Unit(1, shape.value_dim, shape.dtype)
         self.segments: dict[int, tuple[Extent, Tensor, Tensor]] = {}
+        self.starts: dict[int, int] = {}
         self.guard: Guard | None = None
 
     @property
@@ -123,29 +147,49 @@ class SegmentMemory:
         Raises:
             TierFull: the tier's budget does not allow it.
         """
-        shape = self.shape
-        k_bytes, v_bytes = self._sizes(rows, capacity)
-        extent = self.tier.allocate(k_bytes + v_bytes)
-        leading = (self.heads.heads, rows, capacity)
-        k = self.tier.view(extent, 0, (*leading, shape.key_dim), shape.dtype)
-        v = self.tier.view(extent, k_bytes, (*leading, shape.value_dim), shape.dtype)
-        self.segments[key] = extent, k, v
-        if k.is_meta:
+        extent = self._extent(rows, capacity)
+        paged = extent.arena == ON_DISK
+        k_bytes, _ = self._sizes(rows, capacity, paged=paged)
+        k, v = (
+            self._view(extent, offset, unit, rows, capacity)
+            for offset, unit in zip((0, k_bytes), self.units, strict=True)
+        )
+        self.segments[key], self.starts[key] = (extent, k, v), start
+        if paged:
             self.disk.name_extent(extent, self._teller(rows, capacity, k_bytes, start))
+
+    def _extent(self, rows: int, capacity: int) -> Extent:
+        plain, paged = (sum(self._sizes(rows, capacity, paged=paged)) for paged in (False, True))
+        if isinstance(self.tier, SpillTier):
+            return self.tier.allocate(plain, below=paged)
+        return self.tier.allocate(paged if isinstance(self.tier, DiskTier) else plain)
+
+    def _view(self, extent: Extent, offset: int, unit: Unit, rows: int, capacity: int) -> Tensor:
+        """[heads, rows, units, width]."""
+        count, paged = capacity // unit.tokens, extent.arena == ON_DISK
+        room = unit.run_room(capacity, paged=paged) // unit.dtype.itemsize
+        leading = self.heads.heads, rows
+        if room == count * unit.width:
+            return self.tier.view(extent, offset, (*leading, count, unit.width), unit.dtype)
+        padded = self.tier.view(extent, offset, (*leading, room), unit.dtype)
+        return padded[:, :, : count * unit.width].view(*leading, count, unit.width)
 
     def _teller(
         self, rows: int, capacity: int, k_bytes: int, start: int
-    ) -> Callable[[int, int], Place]:
-        shape, layer, first = self.shape, self.layer, self.heads.start
+    ) -> Callable[[int, int], Place | None]:
+        layer, first, units = self.layer, self.heads.start, self.units
+        rooms = [unit.run_room(capacity, paged=True) for unit in units]
 
-        def tell(offset: int, nbytes: int) -> Place:
-            keys = offset < k_bytes
-            width = (shape.key_dim if keys else shape.value_dim) * shape.dtype.itemsize
-            offset -= 0 if keys else k_bytes
-            run, at = divmod(offset, max(capacity * width, 1))
-            token = start + at // max(width, 1)
-            last = token + max(-(-nbytes // max(width, 1)), 1)
-            kind = "keys" if keys else "values"
+        def tell(offset: int, nbytes: int) -> Place | None:
+            values = offset >= k_bytes
+            unit, room = units[values], rooms[values]
+            run, at = divmod(offset - values * k_bytes, max(room, 1))
+            if at >= unit.run_bytes(capacity):
+                return None  # between two runs
+            size = max(unit.run_bytes(unit.tokens), 1)
+            token = start + at // size * unit.tokens
+            last = min(start + -(-(at + nbytes) // size) * unit.tokens, start + capacity)
+            kind = "values" if values else "keys"
             text = (
                 f"layer {layer}, head {first + run // rows}: {kind} of tokens {token:,} to {last:,}"
             )
@@ -177,10 +221,16 @@ class SegmentMemory:
     def prepare(self, rows: int, capacity: int) -> None:
         """A segment of that size will be allocated."""
         if capacity:
-            self.tier.prepare(sum(self._sizes(rows, capacity)))
+            self.tier.prepare(self.extent_bytes(rows, capacity))
 
-    def _sizes(self, rows: int, capacity: int) -> tuple[int, int]:
-        return extent_sizes(self.shape, self.heads.heads, rows, capacity)
+    def extent_bytes(self, rows: int, capacity: int) -> int:
+        """What a segment of that size takes in memory."""
+        return sum(self._sizes(rows, capacity, paged=False))
+
+    def _sizes(self, rows: int, capacity: int, *, paged: bool) -> tuple[int, int]:
+        runs = self.heads.heads * rows
+        k, v = (runs * unit.run_room(capacity, paged=paged) for unit in self.units)
+        return aligned(k), v
 
     def allocate_all(self, segments: Sequence[Segment]) -> None:
         """All or none."""
@@ -202,14 +252,22 @@ class SegmentMemory:
         return sum(extent.nbytes for extent, _, _ in self.segments.values())
 
     def clone_into(self, other: SegmentMemory) -> None:
+        """`other`, which is empty, holds the same."""
         self.check(self.heads, EVERYTHING)
         for key, (_, k, v) in self.segments.items():
-            other.allocate(key, k.shape[1], k.shape[2])
-            _, other_k, other_v = other.segments[key]
-            for dst, src in ((other_k, k), (other_v, v)):
-                to = other.disk if dst.is_meta else None
-                come = self.disk if src.is_meta else None
-                if to is None and come is None:
-                    dst.copy_(src)
-                elif dst.numel():
-                    copy_segment(dst, src, to_disk=to, from_disk=come)
+            capacity = k.shape[2] * self.units[0].tokens
+            other.allocate(key, k.shape[1], capacity, start=self.starts.get(key, 0))
+            _, *twins = other.segments[key]
+            for dst, src in zip(twins, (k, v), strict=True):
+                self._copy(other, dst, src)
+
+    def _copy(self, other: SegmentMemory, dst: Tensor, src: Tensor) -> None:
+        """`dst` of `other` becomes a copy of `src`, run by run where one of them is on disk."""
+        to = other.disk if dst.is_meta else None
+        come = self.disk if src.is_meta else None
+        if to is None and come is None:
+            dst.copy_(src)
+            return
+        for head in range(src.shape[0] if src.numel() else 0):
+            for row in range(src.shape[1]):
+                copy_segment(dst[head, row], src[head, row], to_disk=to, from_disk=come)

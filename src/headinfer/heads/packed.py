@@ -1,41 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads whose stored blocks are packed by the lossless format.
-
-`PackedHeads` stream: blocks are encoded on the compute device on their way down, cross the link packed
-and are unpacked where tiles are attended. `PackedInPlace` are attended where they lie, by a CPU.
+"""Heads whose blocks are packed by the lossless format, in host memory or on disk, and stream: they
+are encoded on the compute device on their way down, travel packed, and are unpacked where tiles are
+attended. Those that a CPU attends where they lie are in `packed_in_place`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headinfer.attention.packed import PackedRun
 from headinfer.budget import format_bytes
 from headinfer.errors import CacheStateError, InputError
 from headinfer.formats.exact import ExactFormat
 from headinfer.heads.codec import Codec
 from headinfer.heads.memory import KVShape, Piece, SavedLayer
 from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
-from headinfer.heads.packed_memory import (
-    Dropped,
-    Entries,
-    Filling,
-    PackedMemory,
-    PackedPiece,
-    Stored,
-)
+from headinfer.heads.packed_in_place import PackedInPlace
+from headinfer.heads.packed_memory import Entries, Held, PackedMemory, dropped, held, in_blocks
+from headinfer.heads.packed_pieces import PackedPiece
 from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
-from headinfer.store import Crop, Run, SpanStore, Write
+from headinfer.spill import DiskEngine
+from headinfer.store import Append, Crop, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, TransferEngine
-
-ENCODED_BLOCKS = 64
-"""Blocks of a head that are put together at a time where compute and storage are the same memory."""
 
 
 class PackedHeads(OffloadedHeads):
@@ -53,6 +47,7 @@ class PackedHeads(OffloadedHeads):
         device: torch.device,
         codec: Codec,
         expected_tokens: int | None,
+        layer: int = -1,
     ) -> None:
         super().__init__(
             tier,
@@ -62,18 +57,29 @@ class PackedHeads(OffloadedHeads):
             device=device,
             fmt=ExactFormat(),
             expected_tokens=expected_tokens,
+            layer=layer,
         )
         self.codec = codec
-        self._memory = PackedMemory(tier, shape, heads, codec)
+        self._memory = PackedMemory(tier, shape, heads, codec, layer)
+        # Compute is at once and reads host memory: a slot is attended as it is.
+        self._packed_slots = isinstance(engine, DiskEngine) and engine.straight
 
-    def append(self, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
+    def _take(self, append: Append, k: Tensor, v: Tensor, buffers: WriteBuffers) -> None:
         """As there; overflow entries for every block to be written are set aside before anything."""
-        writes = self.store.prepare_append(k.shape[2], batch=k.shape[0]).writes
-        blocks = sum(write.tokens for write in writes) // BLOCK_TOKENS
-        if blocks:
-            count = self.heads.heads * k.shape[0] * blocks
-            self.codec.reserve(self._memory.blocks_of(count))
-        super().append(k, v, buffers)
+        blocks = sum(write.tokens for write in append.writes) // BLOCK_TOKENS
+        if not blocks:
+            super()._take(append, k, v, buffers)
+            return
+        count = self.heads.heads * k.shape[0] * blocks
+        self.codec.reserve(self._memory.blocks_of(count))
+        taken = self.codec.taken(self.shape.key_dim, self.shape.value_dim)
+        try:
+            super()._take(append, k, v, buffers)
+        except BaseException:  # no block refers to them
+            self._engine.drain()
+            for overflow, since in taken:
+                overflow.give_back(since)
+            raise
 
     def recent_pieces(self, length: int) -> list[Piece]:
         # Attention over less than is stored may end within a block, which does not stream.
@@ -85,11 +91,11 @@ class PackedHeads(OffloadedHeads):
         return super().prefix(length) // BLOCK_TOKENS * BLOCK_TOKENS
 
     def in_place(self, group: HeadGroup, length: int) -> Iterator[Any]:
-        """Packed pieces of [0, length) of `group` as they lie in the tier."""
+        """Packed pieces of [0, length) of `group` as they lie in the tier; what is on disk, as it
+        arrives."""
         first = group.start - self.heads.start
         for run in self.store.runs(Span(0, length)):
-            runs = self._memory.runs(run, slice(first, first + group.heads))
-            yield PackedPiece(run.span.start, run.span.tokens, *runs)
+            yield from self._memory.pieces(run, slice(first, first + group.heads))
 
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:
         k, v = self._packed_views(slot, tile.group.heads, self.store.batch, tile.span.tokens)
@@ -97,34 +103,39 @@ class PackedHeads(OffloadedHeads):
         first = tile.span.start // BLOCK_TOKENS
         for run in self.store.runs(_whole(tile.span)):
             _, stored_k, stored_v = self._memory.segments[run.key]
-            blocks = _in_blocks(run)
+            blocks = in_blocks(run)
             at = blocks.span.start - first
             copies += self._run_copies(tile.group, blocks, at, stored_k, k)
             copies += self._run_copies(tile.group, blocks, at, stored_v, v)
         return copies
 
-    def unpack(self, tile: Tile, slot: Tensor) -> Piece:
+    def unpack(self, tile: Tile, slot: Tensor) -> Any:
+        """The tile for compute to read: decoded, or packed where that attends it as it is."""
         heads, batch, tokens = tile.group.heads, self.store.batch, tile.span.tokens
         packed = self._packed_views(slot, heads, batch, tokens)
+        if self._packed_slots and tile.layer >= 0:
+            k, v = (
+                PackedRun(slots, self.codec.overflow(layout.dim))
+                for slots, layout in zip(packed, self._memory.layouts, strict=True)
+            )
+            return PackedPiece(tile.span.start, tokens, k, v, scratch=self.codec.scratch)
         whole = _whole(tile.span).tokens
         nbytes = heads * self.shape.token_bytes(batch) * whole + aligned(1)
         if tile.layer >= 0:
-            k, v = self._views(self.codec.scratch(nbytes), heads, batch, whole)
+            found = self._views(self.codec.scratch(nbytes), heads, batch, whole)
         else:
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            k, v = self._new_views(buffer, heads, batch, whole)
-        for slots, out in zip(packed, (k, v), strict=True):
+            found = self._new_views(buffer, heads, batch, whole)
+        for slots, out in zip(packed, found, strict=True):
             self.codec.decode(slots, out, tile.layer)
-        return Piece(
-            tile.span.start, k[:, :, :tokens].transpose(0, 1), v[:, :, :tokens].transpose(0, 1)
-        )
+        plain_k, plain_v = (x[:, :, :tokens].transpose(0, 1) for x in found)
+        return Piece(tile.span.start, plain_k, plain_v)
 
     def stored_pieces(self, span: Span) -> list[Any]:
-        return _stored_pieces(self.store, self._memory, span)
+        return self._memory.stored_pieces(self.store, span)
 
     def restore(self, saved: SavedLayer) -> Any:
-        segment = self.store.restore(saved.tokens, batch=saved.batch)
-        return _filling(self.store, self._memory, segment.key, saved)
+        return self._memory.filling(self.store, saved)
 
     def put(self, stored: Any, found: Tensor) -> None:
         """What `restore` returned, or a part [b, t, d] of it, is `found`; from any thread."""
@@ -137,7 +148,7 @@ class PackedHeads(OffloadedHeads):
         yield from self.recent_pieces(length)
 
     def clear(self) -> None:
-        entries = self._entries(_everything(self.store))
+        entries = self._entries(held(self.store))
         super().clear()
         entries.give()
 
@@ -154,27 +165,45 @@ class PackedHeads(OffloadedHeads):
             device=self._device,
             codec=codec,
             expected_tokens=None,
+            layer=self._memory.layer,
         )
         twin.store = copy.deepcopy(self.store)
         if self._tail is not None:
             twin._tail = self._tail[0].clone(), self._tail[1].clone()
-        self._memory.clone_into(twin._memory)
+        self._memory.copy_into(twin._memory, self.store)
         return twin
+
+    def take_over(self, others: PackedInPlace) -> None:
+        """These heads, which hold nothing, hold what `others` of the same codec did, which are empty
+        now; the blocks go down as they are.
+
+        Raises:
+            TierFull: there is no room; nothing has changed.
+        """
+        try:
+            others.copy_into(self._memory)
+        except BaseException:
+            self._memory.free(list(self._memory.segments))
+            raise
+        self.store = replace(others.store, whole=False, segments=list(others.store.segments))
+        tail = others.give_up()
+        if tail is not None:
+            self._tail = tail[0].transpose(0, 1).contiguous(), tail[1].transpose(0, 1).contiguous()
 
     def ratio(self) -> tuple[int, int]:
         """Bytes the stored blocks take and stand for; waits for copies under way."""
         self._engine.done(self.last_write, block=True)
-        return self._memory.ratio(self.store.segments)
+        return self._memory.ratio(self.store)
 
     def _crop(self, crop: Crop) -> None:
-        entries = self._entries(_dropped(self.store, crop))
+        entries = self._entries(dropped(self.store, crop))
         super()._crop(crop)
         entries.give()
 
-    def _entries(self, dropped: Dropped) -> Entries:
+    def _entries(self, blocks: Held) -> Entries:
         if self._memory.overflows:
             self._engine.drain()  # blocks on their way down are about to be looked at
-        return self._memory.entries(dropped)
+        return self._memory.entries(blocks)
 
     def _write_tail(
         self, writes: Sequence[Write], tail_k: Tensor, tail_v: Tensor, buffers: WriteBuffers
@@ -252,10 +281,23 @@ class PackedHeads(OffloadedHeads):
             for row in range(up.shape[1])
         ]
         self.written_bytes += sum(item.nbytes for item in copies)
+        if self._memory.on_disk(key):
+            copies += self._label_copies(key, heads.start, there, (k, v))
         copies += self.codec.counted(self.shape.key_dim, self.shape.value_dim)
         self.last_write = self._engine.submit(copies, lane=Lane.OUT, after=[self._engine.fence()])
         blocks = k.shape[0] * k.shape[1] * k.shape[2]
         self.codec.encoded(self.last_write, self._memory.blocks_of(blocks))
+
+    def _label_copies(
+        self, key: int, first: int, there: slice, packed: tuple[Tensor, Tensor]
+    ) -> Iterator[Copy]:
+        """The labels of blocks go to where those of blocks on disk are kept."""
+        for labels, up, layout in zip(
+            self._memory.labels(key), packed, self._memory.layouts, strict=True
+        ):
+            for head in range(up.shape[0]):
+                for row in range(up.shape[1]):
+                    yield Copy(labels[first + head, row, there], up[head, row, :, layout.label])
 
     def _brought(self, span: Span) -> Piece:
         """A copy of stored tokens on the compute device."""
@@ -265,7 +307,8 @@ class PackedHeads(OffloadedHeads):
         tile = Tile(-1, self.heads, span, self.store.epoch)
         after = [self._engine.fence(), self.last_write]
         self._engine.wait(self._engine.submit(self.load(tile, slot), lane=Lane.IN, after=after))
-        return self.unpack(tile, slot)
+        found: Piece = self.unpack(tile, slot)
+        return found
 
     def _reload_tail(self, span: Span) -> None:
         piece = self._brought(span)
@@ -293,212 +336,6 @@ class PackedHeads(OffloadedHeads):
         )
 
 
-class PackedInPlace:
-    """Heads attended where they lie, packed but for the youngest tokens; for a CPU."""
-
-    def __init__(
-        self,
-        tier: Tier,
-        shape: KVShape,
-        heads: HeadGroup,
-        *,
-        codec: Codec,
-        expected_tokens: int | None,
-    ) -> None:
-        self.heads = heads
-        self.shape = shape
-        self.codec = codec
-        # Segments as where every token is stored at once: attended segment by segment.
-        self.store = SpanStore(whole=True)
-        if expected_tokens is not None:
-            self.store.reserve(expected_tokens)
-        self._memory = PackedMemory(tier, shape, heads, codec)
-        self._tail: tuple[Tensor, Tensor] | None = None  # [b, h, 128, d]
-
-    @property
-    def stored_bytes(self) -> int:
-        return self._memory.nbytes
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store k, v [b, h of the range, t, d]."""
-        batch, tokens = k.shape[0], k.shape[2]
-        append = self.store.prepare_append(tokens, batch=batch)
-        blocks = sum(write.tokens for write in append.writes) // BLOCK_TOKENS
-        if blocks:
-            count = self.heads.heads * batch * blocks
-            self.codec.reserve(self._memory.blocks_of(count))
-        self._memory.allocate_all(append.new_segments)
-        tails = self._tail_buffers(batch)
-        before, after = append.tail_before, append.tail_after
-        for write in append.writes:
-            for done in range(0, write.tokens, ENCODED_BLOCKS * BLOCK_TOKENS):
-                some = min(ENCODED_BLOCKS * BLOCK_TOKENS, write.tokens - done)
-                self._encode(write, done, some, tails, (k, v), before)
-        kept = 0 if append.writes else before
-        for tail, fresh in zip(tails, (k, v), strict=True):
-            tail[:, :, kept:after].copy_(fresh[:, :, tokens - (after - kept) :])
-        self.store.commit_append(append, batch=batch)
-
-    def pieces(self, length: int) -> Iterator[Any]:
-        """Everything in [0, length); the youngest run and the tail are one piece, so that they are
-        attended like one run of plain tokens."""
-        stored = min(self.store.stored, length)
-        tail = self._tail_of(length)
-        runs = self.store.runs(Span(0, stored))
-        for run in runs:
-            joined = tail if run is runs[-1] else None
-            yield PackedPiece(run.span.start, run.span.tokens, *self._memory.runs(run), tail=joined)
-        if tail is not None and not runs:
-            yield Piece(stored, *tail)
-
-    def crop(self, length: int) -> None:
-        crop = self.store.prepare_crop(length)
-        if crop.reload.tokens:
-            pieces = list(self.pieces(crop.length))
-            start = crop.reload.start
-            found = next(piece for piece in pieces if piece.stop >= crop.length)
-            part = found.plain(start - found.start, crop.length - found.start)
-            for tail, mine in zip(
-                self._tail_buffers(self.store.batch), (part.k, part.v), strict=True
-            ):
-                tail[:, :, : crop.reload.tokens].copy_(mine)
-        entries = self._memory.entries(_dropped(self.store, crop))
-        self.store.commit_crop(crop)
-        self._memory.free(crop.free)
-        entries.give()
-
-    def stored_pieces(self, span: Span) -> list[Any]:
-        return _stored_pieces(self.store, self._memory, span)
-
-    def unfinished(self, span: Span) -> Piece:
-        """A copy of the tokens of `span`, which is what the tail holds."""
-        tail = self._tail_of(span.stop)
-        if tail is None or span != Span(self.store.stored, self.store.length):
-            raise CacheStateError(f"tokens {span} are not what the tail holds")
-        return Piece(span.start, tail[0].clone(), tail[1].clone())
-
-    def restore(self, saved: SavedLayer) -> Any:
-        segment = self.store.restore(saved.tokens, batch=saved.batch)
-        return _filling(self.store, self._memory, segment.key, saved)
-
-    def put(self, stored: Any, found: Tensor) -> None:
-        """What `restore` returned, or a part [b, t, d] of it, is `found`; from any thread."""
-        stored.copy_(found)
-
-    def reorder(self, index: Sequence[int]) -> None:
-        self.store.reorder(index)
-        if self._tail is not None:
-            rows = torch.tensor(list(index))
-            self._tail = self._tail[0].index_select(0, rows), self._tail[1].index_select(0, rows)
-
-    def clear(self) -> None:
-        entries = self._memory.entries(_everything(self.store))
-        self._tail = None
-        self._memory.free(self.store.clear())
-        entries.give()
-
-    def clone(
-        self, tier: Tier, engine: TransferEngine, codec: Codec | None = None
-    ) -> PackedInPlace:
-        """An independent copy in `tier`, its overflow in `codec`; nothing is under way."""
-        if codec is None:
-            raise CacheStateError("packed heads are cloned with a codec of the copy's own")
-        twin = PackedInPlace(tier, self.shape, self.heads, codec=codec, expected_tokens=None)
-        twin.store = copy.deepcopy(self.store)
-        if self._tail is not None:
-            twin._tail = self._tail[0].clone(), self._tail[1].clone()
-        self._memory.clone_into(twin._memory)
-        return twin
-
-    def ratio(self) -> tuple[int, int]:
-        """Bytes the stored blocks take and stand for."""
-        return self._memory.ratio(self.store.segments)
-
-    def _encode(
-        self,
-        write: Write,
-        done: int,
-        tokens: int,
-        tails: tuple[Tensor, Tensor],
-        fresh: tuple[Tensor, Tensor],
-        before: int,
-    ) -> None:
-        """`tokens` tokens of a write, from `done` on, of the `before` old ones and then fresh ones."""
-        source = write.source + done
-        place = (write.offset + done) // BLOCK_TOKENS
-        _, *stored = self._memory.segments[write.key]
-        for tail, new, slots in zip(tails, fresh, stored, strict=True):
-            parts = [
-                tail[:, :, source : min(before, source + tokens)] if source < before else None,
-                new[:, :, max(source - before, 0) : source + tokens - before],
-            ]
-            whole = torch.cat([part for part in parts if part is not None], dim=2)
-            there = slots[:, :, place : place + tokens // BLOCK_TOKENS]
-            self.codec.encode(whole.transpose(0, 1), there)
-        for copied in self.codec.counted(self.shape.key_dim, self.shape.value_dim):
-            copied.dst.copy_(copied.src)
-
-    def _tail_of(self, length: int) -> tuple[Tensor, Tensor] | None:
-        tokens = length - self.store.stored
-        if tokens <= 0 or self._tail is None:
-            return None
-        return self._tail[0][:, :, :tokens], self._tail[1][:, :, :tokens]
-
-    def _tail_buffers(self, batch: int) -> tuple[Tensor, Tensor]:
-        if self._tail is None or self._tail[0].shape[0] != batch:
-            leading, shape = (batch, self.heads.heads, BLOCK_TOKENS), self.shape
-            self._tail = (
-                torch.zeros((*leading, shape.key_dim), dtype=shape.dtype),
-                torch.zeros((*leading, shape.value_dim), dtype=shape.dtype),
-            )
-        return self._tail
-
-
-def _dropped(store: SpanStore, crop: Crop) -> Dropped:
-    """The blocks that a crop forgets."""
-    stored = crop.reload.start if crop.length < store.stored else store.stored
-    found: Dropped = []
-    for segment in store.segments:
-        kept = min(max(stored - segment.start, 0), segment.filled)
-        first, stop = segment.offset + kept, segment.offset + segment.filled
-        found.append((segment.key, first // BLOCK_TOKENS, stop // BLOCK_TOKENS))
-    return found
-
-
-def _everything(store: SpanStore) -> Dropped:
-    return [
-        (part.key, part.offset // BLOCK_TOKENS, (part.offset + part.filled) // BLOCK_TOKENS)
-        for part in store.segments
-    ]
-
-
-def _stored_pieces(store: SpanStore, memory: PackedMemory, span: Span) -> list[Any]:
-    found = []
-    for run in store.runs(span):
-        k, v = memory.runs(run)
-        found.append(
-            Piece(run.span.start, Stored(k, run.span.tokens), Stored(v, run.span.tokens))  # type: ignore[arg-type]
-        )
-    return found
-
-
-def _filling(store: SpanStore, memory: PackedMemory, key: int, saved: SavedLayer) -> Any:
-    """Memory for saved tokens, and what writes them there."""
-    try:
-        memory.restore(store.segments[0], saved.adopt)
-    except BaseException:
-        store.clear()
-        raise
-    run = Run(key, 0, Span(0, saved.tokens), None)
-    return tuple(Filling(part, memory.codec) for part in memory.runs(run))
-
-
 def _whole(span: Span) -> Span:
     """The blocks that `span`, which begins with one, touches."""
     return Span(span.start, -(-span.stop // BLOCK_TOKENS) * BLOCK_TOKENS)
-
-
-def _in_blocks(run: Run) -> Run:
-    """A run of whole blocks, counted in blocks."""
-    span = Span(run.span.start // BLOCK_TOKENS, run.span.stop // BLOCK_TOKENS)
-    return run._replace(offset=run.offset // BLOCK_TOKENS, span=span)

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed blocks of a range of heads: their extents, pieces of the context made of them, and what
-reads or fills them for a saved context, which holds plain bytes."""
+"""Packed blocks of a range of heads: their extents, and the overflow entries that they name.
+
+What a block says of itself, its label, is needed when it is forgotten, counted or copied. Of blocks
+on disk it is kept in host memory beside, so that nobody reads the disk to forget what is there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headinfer.attention.packed import PackedRun
-from headinfer.errors import CacheStateError
-from headinfer.formats.lossless import BlockLayout, raw_indices
+from headinfer.blocks import LABEL_BYTES, BlockLayout
+from headinfer.formats.lossless import RAW, VERSION, labelled_indices
 from headinfer.formats.overflow import Overflow
-from headinfer.heads.codec import Codec, decode_on_host
-from headinfer.heads.memory import Adopt, KVShape, Piece, SegmentMemory
-from headinfer.layout import BLOCK_TOKENS, HeadGroup, aligned
-from headinfer.store import Run, Segment
+from headinfer.heads.codec import Codec
+from headinfer.heads.memory import Adopt, KVShape, Piece, SavedLayer, SegmentMemory, Unit
+from headinfer.heads.on_disk import brought, read_ahead, read_blocks, rows_of
+from headinfer.heads.packed_pieces import Blocks, Filling, PackedPiece, Stored
+from headinfer.layout import BLOCK_TOKENS, Extent, HeadGroup, Span
+from headinfer.store import Crop, Run, Segment, SpanStore
 from headinfer.tiers import Tier
 
-Dropped = list[tuple[int, int, int]]
+Held = list[tuple[int, int, int]]
 """Segment, first block, block after the last."""
 
 
@@ -36,38 +41,114 @@ class Entries(NamedTuple):
 
 
 class PackedMemory(SegmentMemory):
-    """Extents of segments: slots of keys [heads, rows, blocks, slot_bytes], then of values."""
+    """Extents of segments: slots of keys [heads, rows, blocks, slot_bytes], then of values.
 
-    def __init__(self, tier: Tier, shape: KVShape, heads: HeadGroup, codec: Codec) -> None:
-        super().__init__(tier, shape, heads)
+    Attributes:
+        layouts: of the blocks of keys and of values.
+    """
+
+    def __init__(
+        self, tier: Tier, shape: KVShape, heads: HeadGroup, codec: Codec, layer: int = -1
+    ) -> None:
+        super().__init__(tier, shape, heads, layer)
         self.codec = codec
         self.layouts = BlockLayout(shape.key_dim), BlockLayout(shape.value_dim)
+        k, v = (Unit(BLOCK_TOKENS, layout.slot_bytes, torch.uint8) for layout in self.layouts)
+        self.units = k, v
+        self._labels: dict[int, tuple[Extent, Tensor]] = {}
 
     def allocate(self, key: int, rows: int, capacity: int, *, start: int = 0) -> None:
-        k_bytes, v_bytes = self._sizes(rows, capacity)
-        extent = self.tier.allocate(k_bytes + v_bytes)
-        leading = (self.heads.heads, rows, capacity // BLOCK_TOKENS)
-        k, v = (
-            self.tier.view(extent, offset, (*leading, layout.slot_bytes), torch.uint8)
-            for offset, layout in zip((0, k_bytes), self.layouts, strict=True)
-        )
-        self.segments[key] = extent, k, v
+        super().allocate(key, rows, capacity, start=start)
+        _, k, _ = self.segments[key]
+        if not k.is_meta:
+            return
+        shape = (2, *k.shape[:3], LABEL_BYTES)
+        try:
+            memory, extent = self.codec.hold(torch.Size(shape).numel())
+        except BaseException:
+            self.free([key])
+            raise
+        self._labels[key] = extent, memory.view(shape)
+
+    def free(self, keys: Sequence[int]) -> None:
+        super().free(keys)
+        for key in keys:
+            kept = self._labels.pop(key, None)
+            if kept is not None:
+                self.codec.release(kept[0])
+
+    def labels(self, key: int) -> tuple[Tensor, Tensor]:
+        """Of a segment's keys and values [heads, rows, blocks, LABEL_BYTES]; what is written goes on
+        holding, and of blocks on disk whoever writes them keeps the labels too."""
+        kept = self._labels.get(key)
+        if kept is not None:
+            return kept[1][0], kept[1][1]
+        _, k, v = self.segments[key]
+        return k[..., self.layouts[0].label], v[..., self.layouts[1].label]
+
+    def on_disk(self, key: int) -> bool:
+        """Whether a segment's slots lie on disk, their labels beside."""
+        return key in self._labels
 
     def restore(self, segment: Segment, adopt: Adopt) -> bool:
         """Files hold plain bytes, so they are not mapped."""
-        self.allocate(segment.key, segment.rows, segment.capacity)
+        self.allocate(segment.key, segment.rows, segment.capacity, start=segment.start)
         return False
 
     def runs(self, run: Run, heads: slice = slice(None)) -> tuple[PackedRun, PackedRun]:
-        """Keys and values of the whole blocks that `run` touches."""
+        """Keys and values of the whole blocks that `run` touches, as they lie."""
         _, k, v = self.segments[run.key]
-        first = run.offset // BLOCK_TOKENS
-        there = slice(first, first + -(-run.span.tokens // BLOCK_TOKENS))
+        blocks = in_blocks(run)
+        there = slice(blocks.offset, blocks.offset + blocks.span.tokens)
         found = [
             PackedRun(slots[heads, :, there], self.codec.overflow(layout.dim), run.row_map)
             for slots, layout in zip((k, v), self.layouts, strict=True)
         ]
         return found[0], found[1]
+
+    def pieces(self, run: Run, heads: slice) -> Iterator[PackedPiece]:
+        """A run for a processor that reads it where it lies; what is on disk, as it arrives."""
+        if not self.on_disk(run.key):
+            yield PackedPiece(run.span.start, run.span.tokens, *self.runs(run, heads))
+            return
+        _, k, v = self.segments[run.key]
+        k, v = k[heads], v[heads]
+        # As many tokens at once as of plain ones: another order of sums would give other bits.
+        step = read_blocks(k.shape[0] * self.shape.token_bytes(len(rows_of(run, k))))
+        for span, *slots in read_ahead(self.disk, in_blocks(run), k, v, step):
+            start, stop = span.start * BLOCK_TOKENS, span.stop * BLOCK_TOKENS
+            packed = [
+                PackedRun(some, self.codec.overflow(layout.dim))
+                for some, layout in zip(slots, self.layouts, strict=True)
+            ]
+            tokens = min(stop, run.span.tokens) - start
+            yield PackedPiece(run.span.start + start, tokens, packed[0], packed[1])
+
+    def stored_pieces(self, store: SpanStore, span: Span) -> list[Any]:
+        """The tokens of `span`, which is whole blocks, for a saved context."""
+        found = []
+        for run in store.runs(span):
+            disk = self.disk if self.on_disk(run.key) else None
+            k, v = (Stored(part, run.span.tokens, disk) for part in self.runs(run))
+            found.append(Piece(run.span.start, k, v))  # type: ignore[arg-type]
+        return found
+
+    def filling(self, store: SpanStore, saved: SavedLayer) -> Any:
+        """Memory for saved tokens, and what writes them there."""
+        segment = store.restore(saved.tokens, batch=saved.batch)
+        try:
+            self.restore(segment, saved.adopt)
+        except BaseException:
+            store.clear()
+            raise
+        here = slice(0, saved.tokens // BLOCK_TOKENS)
+        disk = self.disk if self.on_disk(segment.key) else None
+        runs = self.runs(Run(segment.key, 0, Span(0, saved.tokens), None))
+        kept = [None if disk is None else label[:, :, here] for label in self.labels(segment.key)]
+        return tuple(
+            Filling(Blocks(run, label, disk), self.codec)
+            for run, label in zip(runs, kept, strict=True)
+        )
 
     def blocks_of(self, count: int) -> dict[int, int]:
         """Blocks that `count` blocks of keys and as many of values are, by their dim."""
@@ -82,194 +163,87 @@ class PackedMemory(SegmentMemory):
         found = {layout.dim: self.codec.overflow(layout.dim) for layout in self.layouts}
         return [one for one in found.values() if one.touched]
 
-    def entries(self, dropped: Dropped) -> Entries:
+    def entries(self, dropped: Held) -> Entries:
         """The overflow entries of blocks that nothing will write or read any more."""
         found: list[tuple[Overflow, Tensor]] = []
         for key, first, stop in dropped:
-            _, k, v = self.segments[key]
-            for slots, layout in zip((k, v), self.layouts, strict=True):
+            for labels, layout in zip(self.labels(key), self.layouts, strict=True):
                 overflow = self.codec.overflow(layout.dim)
                 if overflow.touched and stop > first:
-                    found.append((overflow, raw_indices(slots[:, :, first:stop], layout.dim)))
+                    found.append((overflow, labelled_indices(labels[:, :, first:stop])))
         return Entries(found)
 
-    def ratio(self, segments: list[Segment]) -> tuple[int, int]:
-        """Bytes that the blocks of `segments` take, overflow included, and that they stand for."""
+    def ratio(self, store: SpanStore) -> tuple[int, int]:
+        """Bytes that the blocks held take, overflow included, and that they stand for."""
         stored = plain = 0
-        for segment in segments:
-            first = segment.offset // BLOCK_TOKENS
-            here = slice(first, first + segment.filled // BLOCK_TOKENS)
-            _, k, v = self.segments[segment.key]
-            for slots, layout in zip((k, v), self.layouts, strict=True):
-                part = slots[:, :, here]
+        for key, first, stop in held(store):
+            for labels, layout in zip(self.labels(key), self.layouts, strict=True):
+                part = labels[:, :, first:stop]
                 blocks = part.shape[:3].numel()
                 raw = 0
                 if self.codec.overflow(layout.dim).touched:
-                    raw = raw_indices(part, layout.dim).numel()
+                    raw = labelled_indices(part).numel()
                 stored += blocks * layout.slot_bytes + raw * layout.entry_bytes
                 plain += blocks * 2 * BLOCK_TOKENS * layout.dim
         return stored, plain
 
-    def clone_into(self, other: SegmentMemory) -> None:
-        """Raw blocks get entries of their own. `other` is packed too."""
-        if not isinstance(other, PackedMemory):
-            raise CacheStateError("packed blocks are cloned into packed memory")
-        for key, (_, k, v) in self.segments.items():
-            other.allocate(key, k.shape[1], k.shape[2] * BLOCK_TOKENS)
-            _, *twins = other.segments[key]
-            for slots, twin, layout in zip((k, v), twins, self.layouts, strict=True):
-                twin.copy_(slots)
-                mine = self.codec.overflow(layout.dim)
-                if mine.touched:
-                    self._clone_entries(twin, layout, other.codec)
+    def copy_into(self, other: PackedMemory, store: SpanStore) -> None:
+        """`other`, which is empty, holds the same blocks of `store`. Raw ones get entries of their own
+        unless both have one overflow, which is then the other's."""
+        for key, (_, k, _) in self.segments.items():
+            capacity = k.shape[2] * BLOCK_TOKENS
+            other.allocate(key, k.shape[1], capacity, start=self.starts[key])
+        for key, first, stop in held(store):
+            _, *mine = self.segments[key]
+            _, *theirs = other.segments[key]
+            here = slice(first, stop)
+            for dst, src in zip(theirs, mine, strict=True):
+                self._copy(other, dst[:, :, here], src[:, :, here])
+            if other.on_disk(key):
+                for dst, src in zip(other.labels(key), self.labels(key), strict=True):
+                    dst[:, :, here].copy_(src[:, :, here])
+            if other.codec is not self.codec:
+                self._copy_entries(other, key, here)
 
-    def _clone_entries(self, slots: Tensor, layout: BlockLayout, codec: Codec) -> None:
-        mine, theirs = self.codec.overflow(layout.dim), codec.overflow(layout.dim)
-        head = slots[..., layout.header : layout.header + 2]
-        # What was never written says neither.
-        raw = (head[..., 0] == 1) & (head[..., 1] == 1)
-        for place in raw.nonzero().tolist():
-            slot = slots[tuple(place)]
-            index = raw_indices(slot, layout.dim)
-            if int(index) >= mine.entries:
-                continue
-            theirs.reserve(1)
-            field = slot[layout.positions : layout.positions + 4]
-            field.copy_(theirs.store(mine.fetch(index)).to(torch.int32).view(torch.uint8))
-            theirs.landed.copy_(theirs.counter)
-
-    def _sizes(self, rows: int, capacity: int) -> tuple[int, int]:
-        blocks = self.heads.heads * rows * (capacity // BLOCK_TOKENS)
-        k, v = self.layouts
-        return aligned(blocks * k.slot_bytes), blocks * v.slot_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PackedPiece:
-    """Keys and values of the tokens from `start` on in host memory, packed, and plain ones after
-    them: what `Piece` is for plain ones.
-
-    Attributes:
-        tokens: packed ones, of which the last block may have more.
-        packed_k, packed_v: their blocks.
-        tail: k, v [b, h, t, d] of what follows, or None.
-    """
-
-    start: int
-    tokens: int
-    packed_k: PackedRun
-    packed_v: PackedRun
-    tail: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.tokens + (0 if self.tail is None else self.tail[0].shape[2])
-
-    @property
-    def heads(self) -> int:
-        return self.packed_k.slots.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that attending it reads, overflow aside."""
-        rows = len(self.packed_k.rows)
-        packed = sum(run.slots[:, 0].numel() * rows for run in (self.packed_k, self.packed_v))
-        return packed + (0 if self.tail is None else sum(x.nbytes for x in self.tail))
-
-    @property
-    def k(self) -> Tensor:
-        """Keys [b, h, t, d], decoded."""
-        return self._plain(0, 0, self.stop - self.start, slice(None))
-
-    @property
-    def v(self) -> Tensor:
-        """Values [b, h, t, d], decoded."""
-        return self._plain(1, 0, self.stop - self.start, slice(None))
-
-    def plain(self, first: int, last: int, heads: slice = slice(None)) -> Piece:
-        """The tokens [first, last) of the piece, decoded."""
-        k, v = (self._plain(which, first, last, heads) for which in (0, 1))
-        return Piece(self.start + first, k, v)
-
-    def _plain(self, which: int, first: int, last: int, heads: slice) -> Tensor:
-        run = (self.packed_k, self.packed_v)[which]
-        parts: list[Tensor] = []
-        if first < self.tokens:
-            block, stop = first // BLOCK_TOKENS, -(-min(last, self.tokens) // BLOCK_TOKENS)
-            part = run._replace(slots=run.slots[heads, :, block:stop])
-            count, rows = part.slots.shape[0], len(run.rows)
-            out = torch.empty(
-                (count, rows, (stop - block) * BLOCK_TOKENS, run.dim), dtype=torch.bfloat16
-            )
-            decode_on_host(part, out)
-            here = slice(
-                first - block * BLOCK_TOKENS, min(last, self.tokens) - block * BLOCK_TOKENS
-            )
-            parts.append(out[:, :, here].transpose(0, 1))
-        if self.tail is not None and last > self.tokens:
-            rest = slice(max(first - self.tokens, 0), last - self.tokens)
-            parts.append(self.tail[which][:, heads, rest])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    def _copy_entries(self, other: PackedMemory, key: int, here: slice) -> None:
+        _, *slots = other.segments[key]
+        for part, labels, layout in zip(slots, other.labels(key), self.layouts, strict=True):
+            mine, theirs = self.codec.overflow(layout.dim), other.codec.overflow(layout.dim)
+            some = labels[:, :, here]
+            raw = (some[..., 0] == VERSION) & (some[..., 1] == RAW)
+            for place in raw.nonzero().tolist() if mine.touched else ():
+                label = some[tuple(place)]
+                theirs.reserve(1)
+                number = theirs.store(mine.fetch(labelled_indices(label)))
+                theirs.landed.copy_(theirs.counter)
+                label[-4:].copy_(number.to(torch.int32).view(torch.uint8))
+                if other.on_disk(key):
+                    slot = part[:, :, here][tuple(place)]
+                    memory = brought(other.disk, slot[None, None, None], (0,)).flatten()
+                    memory[layout.label] = label
+                    other.disk.store(slot, memory)
 
 
-class Stored:
-    """Keys or values [b, h, t, d] of whole packed blocks, decoded when they are asked for: what a
-    saved context reads in the place of a tensor. Checksums are compared."""
-
-    device = torch.device("meta")  # not to be read as they lie
-
-    def __init__(self, run: PackedRun, tokens: int) -> None:
-        self._run = run
-        self.shape = (len(run.rows), run.slots.shape[0], tokens, run.dim)
-
-    def __getitem__(self, place: tuple[slice, slice, slice]) -> Stored:
-        start, stop, _ = place[2].indices(self.shape[2])
-        blocks = slice(start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS))
-        part = self._run._replace(slots=self._run.slots[:, :, blocks])
-        return Stored(part, stop - start)
-
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1] * self.shape[2] * self.shape[3]
-
-    def element_size(self) -> int:
-        return torch.bfloat16.itemsize
-
-    def detach(self) -> Tensor:
-        """The tensor."""
-        rows, heads, tokens, dim = self.shape
-        blocks = self._run.slots.shape[2]
-        out = torch.empty((heads, rows, blocks * BLOCK_TOKENS, dim), dtype=torch.bfloat16)
-        decode_on_host(self._run, out, verify=True)
-        return out[:, :, :tokens].transpose(0, 1)
+def held(store: SpanStore) -> Held:
+    """Every block."""
+    return [
+        (part.key, part.offset // BLOCK_TOKENS, (part.offset + part.filled) // BLOCK_TOKENS)
+        for part in store.segments
+    ]
 
 
-class Filling:
-    """Keys or values [h, b, t, d], [b, t, d] of one head, or tokens of these, to be written into
-    packed blocks by whoever reads a saved context."""
+def dropped(store: SpanStore, crop: Crop) -> Held:
+    """The blocks that a crop forgets."""
+    stored = crop.reload.start if crop.length < store.stored else store.stored
+    found: Held = []
+    for segment in store.segments:
+        kept = min(max(stored - segment.start, 0), segment.filled)
+        first, stop = segment.offset + kept, segment.offset + segment.filled
+        found.append((segment.key, first // BLOCK_TOKENS, stop // BLOCK_TOKENS))
+    return found
 
-    device = torch.device("meta")
-    dtype = torch.bfloat16
 
-    def __init__(self, run: PackedRun, codec: Codec, heads: bool = True) -> None:
-        self._run, self._codec, self._heads = run, codec, heads
-        heads_rows = run.slots.shape[:2] if heads else run.slots.shape[1:2]
-        self.shape = (*heads_rows, run.slots.shape[2] * BLOCK_TOKENS, run.dim)
-
-    def __getitem__(self, place: int | tuple[slice, slice]) -> Filling:
-        if isinstance(place, int):
-            part = self._run.slots[place : place + 1]
-            return Filling(self._run._replace(slots=part), self._codec, heads=False)
-        start, stop, _ = place[1].indices(self.shape[1])
-        blocks = slice(start // BLOCK_TOKENS, -(-stop // BLOCK_TOKENS))
-        part = self._run.slots[:, :, blocks]
-        return Filling(self._run._replace(slots=part), self._codec, heads=False)
-
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def element_size(self) -> int:
-        return torch.bfloat16.itemsize
-
-    def copy_(self, values: Tensor) -> None:
-        """values [b, t, d] of one head are stored."""
-        self._codec.pack_on_host(values[None], self._run)
+def in_blocks(run: Run) -> Run:
+    """The whole blocks that a run touches, which begins with one; counted in blocks."""
+    span = Span(run.span.start // BLOCK_TOKENS, -(-run.span.stop // BLOCK_TOKENS))
+    return run._replace(offset=run.offset // BLOCK_TOKENS, span=span)

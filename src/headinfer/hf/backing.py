@@ -164,6 +164,8 @@ def settings_of(
         expected_tokens=plan.expected_tokens,
         host_bytes=plan.host_room,
         wanted_bytes=wanted_bytes,
+        kept_bytes=plan.kept_bytes,
+        beside_bytes=plan.disk_buffer_bytes,
         near_share=plan.near_share,
         near_adapts=plan.near_adapts,
         threads=plan.threads,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -19,23 +20,49 @@ from headinfer.tiers.disk import free_bytes, op_of
 MOST_BYTES = GIB
 JOB_BYTES = 8 * MIB
 AHEAD = 6
+KVIKIO = ("kvikio", "kvikio-cu12", "kvikio-cu13")
+"""Names of its package: one for each major version of CUDA, and that of conda."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskRates:
-    """Bytes/s of a folder; `refused` says why its page cache was not passed by."""
+    """Bytes/s of a folder.
+
+    Attributes:
+        refused: why its page cache was not passed by; None if it was.
+        gpu_direct: whether bytes could go between the disk and a GPU without host memory.
+    """
 
     folder: str
     read_bytes_s: float
     write_bytes_s: float
     refused: str | None
+    gpu_direct: str
 
     def __str__(self) -> str:
         how = "" if self.refused is None else f"; {self.refused}"
         return (
             f"{self.folder} is read at {self.read_bytes_s / 1e9:,.2f} GB/s, written at "
-            f"{self.write_bytes_s / 1e9:,.2f} GB/s{how}"
+            f"{self.write_bytes_s / 1e9:,.2f} GB/s{how}\n{self.gpu_direct}"
         )
+
+
+def gpu_direct() -> str:
+    """What is known here of GPUDirect Storage, and what is done instead."""
+    there = [one for one in KVIKIO if _version(one) is not None]
+    found = f"KvikIO {_version(there[0])} is installed" if there else "KvikIO is not installed"
+    return (
+        f"GPUDirect Storage: not used ({found}). On the way to a GPU a tile is read into page-locked "
+        "host memory, past the page cache, and copied from there while the next one is read; reading "
+        "straight into GPU memory was not built, because it could be measured nowhere yet"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def measure_disk(folder: str) -> DiskRates:
@@ -67,6 +94,12 @@ def measure_disk(folder: str) -> DiskRates:
     finally:
         tier.close()
         host.close()
-    found = DiskRates(folder, nbytes / seconds[False], nbytes / seconds[True], tier.direct_refused)
+    found = DiskRates(
+        folder,
+        nbytes / seconds[False],
+        nbytes / seconds[True],
+        tier.direct_refused,
+        gpu_direct(),
+    )
     remember_disk(folder, read_bytes_s=found.read_bytes_s, write_bytes_s=found.write_bytes_s)
     return found

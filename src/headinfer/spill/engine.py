@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from headinfer.errors import DiskError
+from headinfer.layout import aligned
 from headinfer.tiers import HostTier
 from headinfer.tiers.disk import ALIGNMENT, DiskTier, op_of, whole_blocks
 from headinfer.tiers.disk_queue import Op
@@ -202,6 +203,12 @@ class DiskEngine:
             self._pass_on(force=True)
         return not ticket.parts
 
+    def copied(self, ticket: Ticket, *, block: bool) -> bool:
+        """Whether of a write what the inner engine moves is done, beside the disk or towards it."""
+        if isinstance(ticket, DiskTicket):
+            return ticket.inner is None or self.inner.done(ticket.inner, block=block)
+        return self.inner.done(ticket, block=block)
+
     def drain(self) -> None:
         while self._pending:
             self._pass_on(force=True)
@@ -375,7 +382,7 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, int]:
 def _packed(copies: Sequence[Copy], size: int) -> Iterator[list[tuple[Copy, int]]]:
     """`copies`, cut where they are larger than a buffer of `size`, and their places in buffers.
 
-    Places are such that a copy that lies on the file's blocks lies on the buffer's too.
+    A copy of whole blocks of the file lies on blocks of the buffer, so that nothing stands between.
     """
     found: list[tuple[Copy, int]] = []
     used = 0
@@ -387,10 +394,11 @@ def _packed(copies: Sequence[Copy], size: int) -> Iterator[list[tuple[Copy, int]
             part = copy
             if stop - start < flat_dst.numel():
                 part = Copy(flat_dst[start:stop], flat_src[start:stop])
-            if used + part.nbytes > size:
+            place = aligned(used) if part.nbytes % ALIGNMENT else whole_blocks(used)
+            if place + part.nbytes > size:
                 yield found
-                found, used = [], 0
-            found.append((part, used))
-            used = whole_blocks(used + part.nbytes)
+                found, place = [], 0
+            found.append((part, place))
+            used = place + part.nbytes
     if found:
         yield found

@@ -75,6 +75,14 @@ class NativeQueue:
             return True
         return Fault(found.code, found.offset, found.nbytes, found.done)
 
+    def lost(self) -> list[Fault]:
+        ranges: list[Fault] = []
+        found = _Fault()
+        ask = self._library.headinfer_disk_lost
+        while self._handle and ask(self._handle, len(ranges), ctypes.byref(found)):
+            ranges.append(Fault(found.code, found.offset, found.nbytes, 0))
+        return ranges
+
     def drain(self) -> None:
         if self._handle:
             self._library.headinfer_disk_drain(self._handle)
@@ -101,6 +109,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.headinfer_disk_start.argtypes = [handle, number, ctypes.c_char_p, number]
     library.headinfer_disk_fail.argtypes = [handle, number, flag, ctypes.c_char_p, number]
     library.headinfer_disk_ask.argtypes = [handle, number, flag, flag, ctypes.POINTER(_Fault)]
+    library.headinfer_disk_lost.argtypes = [handle, number, ctypes.POINTER(_Fault)]
     library.headinfer_disk_drain.argtypes = [handle]
     library.headinfer_disk_drain.restype = None
     library.headinfer_disk_close.argtypes = [handle]

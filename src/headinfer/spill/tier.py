@@ -27,17 +27,18 @@ class SpillTier:
         self.disk = disk
         self.used_bytes = 0
 
-    def allocate(self, nbytes: int) -> Extent:
-        extent = self._allocate(nbytes)
+    def allocate(self, nbytes: int, *, below: int | None = None) -> Extent:
+        """As the protocol has it; on disk it takes `below` bytes, if these are others."""
+        extent = self._allocate(nbytes, nbytes if below is None else below)
         self.used_bytes += extent.nbytes
         return extent
 
-    def _allocate(self, nbytes: int) -> Extent:
+    def _allocate(self, nbytes: int, below: int) -> Extent:
         try:
             return self._host.allocate(nbytes)
         except TierFull as full:
             try:
-                return self.disk.allocate(nbytes)
+                return self.disk.allocate(below)
             except TierFull as both:
                 raise TierFull(
                     f"{both}. Host memory is full too: {full}",

@@ -53,8 +53,8 @@ class Place(NamedTuple):
     start: int
 
 
-Teller = Callable[[int, int], Place]
-"""Says what `nbytes` from an offset of an extent on are."""
+Teller = Callable[[int, int], Place | None]
+"""Says what `nbytes` from an offset of an extent on are; None if they are nothing."""
 
 
 class DiskTier:
@@ -92,7 +92,7 @@ class DiskTier:
         self.read_bytes = self.written_bytes = 0
         self._reserved = self._end = 0
         self._holes: list[tuple[int, int]] = []
-        self._tellers: dict[int, Teller] = {}
+        self._tellers: dict[int, tuple[int, Teller]] = {}
         self._closed = False
         self._arena = torch.empty(LARGEST, dtype=torch.uint8, device="meta")
         self._storage = self._arena.untyped_storage()._cdata
@@ -155,16 +155,19 @@ class DiskTier:
 
     def name_extent(self, extent: Extent, teller: Teller) -> None:
         """Messages about bytes of `extent` say what `teller` does."""
-        self._tellers[extent.offset] = teller
+        self._tellers[extent.offset] = extent.nbytes, teller
 
     def place_of(self, view: Tensor) -> int:
         """Where in the file a contiguous view of this tier begins.
 
         Raises:
-            TypeError: not a view of this tier: something computed with one.
+            TypeError: not a view of this tier, or not contiguous: something computed with one.
         """
-        if not view.is_meta or view.untyped_storage()._cdata != self._storage:
-            raise TypeError(f"a tensor {tuple(view.shape)} on {view.device} is not on this disk")
+        mine = view.is_meta and view.untyped_storage()._cdata == self._storage
+        if not mine or not view.is_contiguous():
+            raise TypeError(
+                f"a tensor {tuple(view.shape)} on {view.device} is not one place of this disk"
+            )
         return int(view.storage_offset()) * view.element_size()
 
     def read(self, ops: Sequence[Op], *, after: int = 0) -> int:
@@ -205,28 +208,38 @@ class DiskTier:
         self.over(self.write([op_of(self, memory, view)]), block=True)
 
     def explained(self, fault: Fault) -> DiskError:
-        """What a job's fault means to whoever runs the model."""
-        place = self._named(fault.offset, fault.nbytes)
+        """What a job's fault means to whoever runs the model; returns when no other job is under way
+        that may fail, too."""
+        self.queue.drain()
+        place = self._named(fault) or Place(-1, f"{fault.nbytes:,} bytes at {fault.offset:,}", 0)
+        complete = min([place.start, *(lost.start for lost in self.lost())])
         code = 0 if fault.code == SHORT else fault.code
         why = "the file ends there" if fault.code == SHORT else os.strerror(fault.code)
         return DiskError(
             f"{place.text} could not be moved to or from the disk at {self.folder}: {why}, after "
-            f"{fault.done:,} of {fault.nbytes:,} bytes. What lies before token {place.start:,} is "
+            f"{fault.done:,} of {fault.nbytes:,} bytes. What lies before token {complete:,} is "
             "complete: crop the cache to it, with crop_to_complete(), or reset it; then check the disk, "
             "or name another folder with disk=",
             path=str(self.folder),
             code=code,
             where=place.text,
             layer=place.layer,
-            start=place.start,
+            start=complete,
         )
 
-    def _named(self, offset: int, nbytes: int) -> Place:
-        known = [first for first in self._tellers if first <= offset]
-        if not known:
-            return Place(-1, f"{nbytes:,} bytes at {offset:,}", 0)
-        first = max(known)
-        return self._tellers[first](offset - first, nbytes)
+    def lost(self) -> list[Place]:
+        """What of the extents there are could not be written, and has not been since; of jobs that
+        are over."""
+        found = (self._named(fault) for fault in self.queue.lost())
+        return [place for place in found if place is not None]
+
+    def _named(self, fault: Fault) -> Place | None:
+        """What was to lie there, if it is part of an extent that somebody named."""
+        first = max((at for at in self._tellers if at <= fault.offset), default=None)
+        if first is None:
+            return None
+        nbytes, teller = self._tellers[first]
+        return teller(fault.offset - first, fault.nbytes) if fault.offset < first + nbytes else None
 
     def _hole(self, size: int) -> int | None:
         for place, (start, stop) in enumerate(self._holes):

@@ -26,6 +26,9 @@ THREADS = 16
 SHORT = -1
 """Code of a fault: the file ended before the bytes asked for."""
 
+PARTIAL_LOCKS = 64
+"""Blocks of the file that are changed in part at once, by different threads."""
+
 
 class Op(NamedTuple):
     """`nbytes` at `offset` of the file, from or to the memory at `address`."""
@@ -36,7 +39,7 @@ class Op(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Where a job failed first: an errno or SHORT, and how much of the piece had been moved."""
+    """What could not be moved: an errno or SHORT, and how much of it had been."""
 
     code: int
     offset: int
@@ -61,7 +64,12 @@ class DiskQueue(Protocol):
         ...
 
     def over(self, job: int, *, block: bool, forget: bool = False) -> Fault | bool:
-        """Whether a job is over, or why it failed; a job forgotten is over."""
+        """Whether a job is over, or what of it failed first; a job forgotten is over."""
+        ...
+
+    def lost(self) -> list[Fault]:
+        """Bytes that no write has changed since one failed to, neighbours within a block of the file
+        included, as far as jobs are over."""
         ...
 
     def drain(self) -> None:
@@ -111,7 +119,7 @@ class ThreadQueue:
         self._piece = piece_bytes
         self._moves = {False: read, True: write}
         self._state = threading.Condition()
-        self._partial = threading.Lock()
+        self._partial = [threading.Lock() for _ in range(PARTIAL_LOCKS)]
         self._jobs: dict[int, _Job] = {}
         self._last = 0
         self._writes: set[int] = set()
@@ -139,7 +147,7 @@ class ThreadQueue:
         with self._state:
             found = self._jobs[job]
             found.started = True
-            found.waiting = [piece for op in ops for piece in self._pieces(op)]
+            found.waiting = [piece for op in ops for piece in self._pieces(op, found.write)]
             found.left = len(found.waiting)
             if not found.left:
                 self._finish(job, found)
@@ -172,6 +180,10 @@ class ThreadQueue:
                 del self._jobs[job]
             return True if found.fault is None else found.fault
 
+    def lost(self) -> list[Fault]:
+        with self._state:
+            return [Fault(code, start, stop - start, 0) for start, stop, code in self._lost]
+
     def drain(self) -> None:
         with self._state:
             while self._unfinished or self._writes or self._reads:
@@ -185,16 +197,20 @@ class ThreadQueue:
             thread.join()
         self._threads = []
 
-    def _pieces(self, op: Op) -> list[Op]:
-        """`op` cut where the file's blocks begin: only the first and last may be partial."""
-        found, at = [], 0
+    def _pieces(self, op: Op, write: bool) -> list[Op]:
+        """`op` cut where the file's blocks begin. Of a write, a partial block is a piece of its own:
+        it is read first, and nobody else may change it meanwhile."""
+        found, at, unit = [], 0, self._alignment
         while at < op.nbytes:
-            stop = at + self._piece
-            if self._alignment:
-                stop -= (op.offset + stop) % self._alignment
-            stop = min(stop, op.nbytes)
-            found.append(Op(op.offset + at, op.address + at, stop - at))
-            at = stop
+            past = (op.offset + at) % unit if unit else 0
+            step = self._piece - past
+            if write and past:
+                step = unit - past
+            elif write and unit and op.nbytes - at > unit:
+                step = min(step, (op.nbytes - at) // unit * unit)
+            step = min(step, op.nbytes - at)
+            found.append(Op(op.offset + at, op.address + at, step))
+            at += step
         return found
 
     def _free_of_writes(self, job: _Job) -> bool:
@@ -225,8 +241,7 @@ class ThreadQueue:
                     return
                 number, piece = self._ready.popleft()
                 job = self._jobs[number]
-                code = 0 if job.write else self._lost_code(piece)
-            fault = Fault(code, piece.offset, piece.nbytes, 0) if code else None
+                fault = None if job.write else self._lost_of(piece)
             if fault is None:
                 fault = self._run(piece, job.write, memoryview(scratch))
             with self._state:
@@ -238,17 +253,22 @@ class ThreadQueue:
                 if not job.left:
                     self._finish(number, job)
 
-    def _lost_code(self, piece: Op) -> int:
+    def _lost_of(self, piece: Op) -> Fault | None:
+        """What of a piece to be read was lost."""
         for start, stop, code in self._lost:
-            if start < piece.offset + piece.nbytes and piece.offset < stop:
-                return code
-        return 0
+            first, last = max(start, piece.offset), min(stop, piece.offset + piece.nbytes)
+            if first < last:
+                return Fault(code, first, last - first, 0)
+        return None
 
     def _remember(self, piece: Op, code: int) -> None:
-        """What was written again is there again; what failed is not."""
+        """What was written again is there again; what failed is not, and with it a block of the file
+        that was to be changed in part: what it held may be gone."""
         if not code and not self._lost:
             return
-        first, last = piece.offset, piece.offset + piece.nbytes
+        first, last, unit = piece.offset, piece.offset + piece.nbytes, max(self._alignment, 1)
+        if code:
+            first, last = first // unit * unit, -(-last // unit) * unit
         kept = [(start, min(stop, first), why) for start, stop, why in self._lost if start < first]
         kept += [(max(start, last), stop, why) for start, stop, why in self._lost if stop > last]
         self._lost = kept + ([(first, last, code)] if code else [])
@@ -267,16 +287,20 @@ class ThreadQueue:
             fault = self._move(here, start, False)
             if fault is None:
                 memory[:] = here[before : before + piece.nbytes]
-            return fault
-        if whole:
+        elif whole:
             here[:] = memory
-            return self._move(here, start, True)
-        with self._partial:
-            fault = self._move(here, start, False)
-            if fault is not None:
-                return fault
-            here[before : before + piece.nbytes] = memory
-            return self._move(here, start, True)
+            fault = self._move(here, start, True)
+        else:
+            with self._partial[start // unit % PARTIAL_LOCKS]:
+                fault = self._move(here, start, False)
+                if fault is None:
+                    here[before : before + piece.nbytes] = memory
+                    fault = self._move(here, start, True)
+        if fault is None:
+            return None
+        # Who reads of it asked for these bytes, not for the whole blocks they lie in.
+        done = min(max(fault.done - before, 0), piece.nbytes)
+        return Fault(fault.code, piece.offset, piece.nbytes, done)
 
     def _move(self, memory: memoryview, offset: int, write: bool) -> Fault | None:
         done = 0

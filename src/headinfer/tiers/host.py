@@ -33,6 +33,8 @@ class HostTier:
 
     Attributes:
         wanted_bytes: what is known to be asked for in all; a full tier names at least that.
+        kept_bytes: of the budget, kept free for `adopt` to take.
+        beside_bytes: what of the user's budget is not this tier's, for messages.
         pin: extents are page-locked for a CUDA device.
         pin_failure: why page-locking was given up, None while it works.
         used_bytes: allocated now.
@@ -46,9 +48,14 @@ class HostTier:
         budget_bytes: int | None = None,
         pin: bool = False,
         wanted_bytes: int = 0,
+        kept_bytes: int = 0,
+        beside_bytes: int = 0,
         touch: Touch | None = None,
     ) -> None:
         self._touch = touch
+        self.kept_bytes = kept_bytes
+        self.beside_bytes = beside_bytes
+        self._kept_used = 0
         self.budget_bytes = budget_bytes
         self.wanted_bytes = wanted_bytes
         self.pin = pin
@@ -69,7 +76,7 @@ class HostTier:
         """Map, touch and page-lock an extent of `nbytes` on a thread of its own, if the budget
         allows; `allocate` hands it out. Only where page-locking takes time to save."""
         size = aligned(nbytes)
-        taken = self.used_bytes + self.ready_bytes
+        taken = self._taken + self.ready_bytes
         full = self.budget_bytes is not None and taken + size > self.budget_bytes
         if not self.pin or self._closed or full:  # mapping alone takes no time
             return
@@ -85,14 +92,15 @@ class HostTier:
             raise TierClosed(f"the {self.name} tier is closed")
         size = aligned(nbytes)
         budget, ready = self.budget_bytes, self._ready.get(size)
-        if budget is not None and self.used_bytes + size > budget:
-            raise self._full(size, f"of {format_bytes(budget)} allowed")
-        if not ready and budget is not None and self.used_bytes + self.ready_bytes + size > budget:
+        if budget is not None and self._taken + size > budget:
+            raise self._full(self._taken, size, f"of {format_bytes(budget)} allowed")
+        if not ready and budget is not None and self._taken + self.ready_bytes + size > budget:
             self.forget_ready()
         try:
             mapping = ready.popleft().result() if ready else self._mapping(size)
         except (OSError, ValueError) as error:
-            raise self._full(size, f"and the system refused more ({error})") from error
+            why = f"and the system refused more ({error})"
+            raise self._full(self._taken, size, why) from error
         if self.pin:
             self.pin_failure = mapping.pin_failure
             if self.pin_failure is not None:
@@ -106,11 +114,17 @@ class HostTier:
         self.used_bytes += size
         return Extent(self._next, 0, size)
 
+    @property
+    def _taken(self) -> int:
+        """Bytes of the budget that `allocate` has no claim to."""
+        return self.used_bytes + max(self.kept_bytes - self._kept_used, 0)
+
     def _mapping(self, size: int) -> _Mapping:
         return _Mapping(size, pin=self.pin, touch=self._touch)
 
-    def adopt(self, memory: Tensor, nbytes: int) -> Extent:
-        """Memory that somebody else mapped is an extent; `nbytes` of it count as used.
+    def adopt(self, memory: Tensor, nbytes: int, *, kept: bool = False) -> Extent:
+        """Memory that somebody else mapped is an extent; `nbytes` of it count as used, of what is
+        `kept` first if told so.
 
         Raises:
             TierFull: the budget does not allow them.
@@ -119,11 +133,13 @@ class HostTier:
         if self._closed:
             raise TierClosed(f"the {self.name} tier is closed")
         size, budget = aligned(nbytes), self.budget_bytes
-        if budget is not None and self.used_bytes + size > budget:
-            raise self._full(size, f"of {format_bytes(budget)} allowed")
+        taken = self.used_bytes if kept else self._taken
+        if budget is not None and taken + size > budget:
+            raise self._full(taken, size, f"of {format_bytes(budget)} allowed")
         self._next += 1
-        self._arenas[self._next] = _Adopted(memory)
+        self._arenas[self._next] = _Adopted(memory, kept=kept)
         self.used_bytes += size
+        self._kept_used += size if kept else 0
         return Extent(self._next, 0, size)
 
     def view(
@@ -132,8 +148,10 @@ class HostTier:
         return bytes_as(self._arenas[extent.arena].bytes, extent.offset + offset, shape, dtype)
 
     def free(self, extent: Extent) -> None:
-        self._arenas.pop(extent.arena).release()
+        found = self._arenas.pop(extent.arena)
         self.used_bytes -= extent.nbytes
+        self._kept_used -= extent.nbytes if isinstance(found, _Adopted) and found.kept else 0
+        found.release()
 
     def close(self) -> None:
         self.forget_ready()
@@ -142,7 +160,7 @@ class HostTier:
         for mapping in self._arenas.values():
             mapping.release()
         self._arenas.clear()
-        self.used_bytes = 0
+        self.used_bytes = self._kept_used = 0
         self._closed = True
 
     def forget_ready(self) -> None:
@@ -153,11 +171,11 @@ class HostTier:
                     made.result().release()
         self._ready.clear()
 
-    def _full(self, size: int, why: str) -> TierFull:
-        needed = max(self.used_bytes + size, self.wanted_bytes)
+    def _full(self, taken: int, size: int, why: str) -> TierFull:
+        needed = max(taken + size + self.beside_bytes, self.wanted_bytes)
         return TierFull(
             f"keys and values need {format_bytes(size)} more host memory: "
-            f"{format_bytes(self.used_bytes)} are used {why}; raise host_memory to {needed} bytes "
+            f"{format_bytes(taken)} are used {why}; raise host_memory to {needed} bytes "
             f"({format_bytes(needed)}) or more, or shorten the context",
             tier=self.name,
             budget_bytes=self.budget_bytes or 0,
@@ -174,8 +192,9 @@ def _on_device(device: int | None) -> None:
 class _Adopted:
     """Memory mapped elsewhere; goes with its last view."""
 
-    def __init__(self, memory: Tensor) -> None:
+    def __init__(self, memory: Tensor, *, kept: bool) -> None:
         self.bytes = memory
+        self.kept = kept
 
     def release(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8)

@@ -81,7 +81,6 @@ class PlainRows {
   static int64_t scratch_bytes(int64_t) { return 0; }
   void lend(char *) {}
   Rows<T> get(int64_t key, int64_t) const { return {first_ + key * stride_, stride_}; }
-  static bool direct(int64_t) { return false; }
   Ahead ahead(int64_t key, int64_t keys) const {
     constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<const char *>(first_ + key * stride_), stride_ * kSize, keys,
@@ -132,10 +131,8 @@ class PackedRows {
     base_ = &scratch_[kBlockKeys * at_.dim].bits;
   }
 
-  // Whether `unread` can be asked from `key` on.
-  bool direct(int64_t key) const {
-    return S::kDirect && at_.dim % 64 == 0 && first_key_ + key < tokens_;
-  }
+  // Whether `unread` can be asked from `key` on: both halves of the channels are whole vectors.
+  bool direct(int64_t key) const { return at_.dim % 64 == 0 && first_key_ + key < tokens_; }
 
   Unread unread(int64_t key, int64_t keys) const {
     key += first_key_;
@@ -235,6 +232,7 @@ class TileRun {
   static constexpr int64_t P = kBlockKeys;
   static constexpr bool kPacked = !std::is_same<Source, PlainRows<T>>::value;
   static constexpr bool kDirect = kPacked && S::kDirect;
+  static constexpr int64_t kFew = 4;  // keys between two questions that need none of the sums
 
  public:
   TileRun(const Tile &tile, void *scratch)
@@ -569,23 +567,40 @@ class TileRun {
       base[2 * c] = S::bases(v.base + column + 32 * c);
       base[2 * c + 1] = S::bases(v.base + half + column + 32 * c);
     }
-    for (int64_t key = 0; key < keys; ++key, mixed += width, pairs += half, apart += width) {
-      ahead.fetch(1);
-      F value[4 * kPieces];
-      HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
-        F *to = value + 4 * c;
-        if ((v.apart >> key & 1) != 0) {
-          S::load2(apart + 32 * c, to[0], to[1]);
-          S::load2(apart + half + 32 * c, to[2], to[3]);
-        } else {
-          S::split(S::lower(mixed + 32 * c, pairs + 32 * c, base[2 * c]), to[0], to[1]);
-          S::split(S::upper(mixed + half + 32 * c, pairs + 32 * c, base[2 * c + 1]), to[2], to[3]);
-        }
-      }
+    const auto add = [&](const F *value, int64_t key) {
       HEADINFER_UNROLL for (int r = 0; r < R; ++r) {
         const F weight = S::set(p[r * P + key]);
         HEADINFER_UNROLL for (int c = 0; c < 4 * kPieces; ++c)
           sum[r][c] = S::fma(weight, value[c], sum[r][c]);
+      }
+    };
+    F value[4 * kPieces];
+    for (int64_t key = 0; key < keys;) {
+      const int64_t end = keys - key < kFew ? keys : key + kFew;
+      ahead.fetch(end - key);
+      if ((v.apart >> key & ((1u << kFew) - 1)) == 0) {
+        for (; key < end; ++key, mixed += width, pairs += half) {
+          HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
+            F *to = value + 4 * c;
+            S::split(S::lower(mixed + 32 * c, pairs + 32 * c, base[2 * c]), to[0], to[1]);
+            S::split(S::upper(mixed + half + 32 * c, pairs + 32 * c, base[2 * c + 1]), to[2], to[3]);
+          }
+          add(value, key);
+        }
+        continue;
+      }
+      for (; key < end; ++key, mixed += width, pairs += half) {
+        HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
+          F *to = value + 4 * c;
+          if ((v.apart >> key & 1) != 0) {
+            S::load2(apart + key * width + 32 * c, to[0], to[1]);
+            S::load2(apart + key * width + half + 32 * c, to[2], to[3]);
+          } else {
+            S::split(S::lower(mixed + 32 * c, pairs + 32 * c, base[2 * c]), to[0], to[1]);
+            S::split(S::upper(mixed + half + 32 * c, pairs + 32 * c, base[2 * c + 1]), to[2], to[3]);
+          }
+        }
+        add(value, key);
       }
     }
     HEADINFER_UNROLL for (int r = 0; r < R; ++r) {

@@ -65,7 +65,7 @@ def reference_slots(values, run):
     heads=st.integers(1, 2),
     rows=st.integers(1, 2),
     blocks=st.integers(0, 3),
-    dim=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 256, 272]),
+    dim=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 192, 256, 272, 512]),
     seed=st.integers(0, 2**31),
 )
 def test_every_level_writes_and_reads_the_bytes_of_the_reference(
@@ -93,7 +93,7 @@ def test_every_level_writes_and_reads_the_bytes_of_the_reference(
     blocks=st.integers(1, 12),
     left_out=st.integers(0, 127),
     tail=st.integers(0, 127),
-    dims=st.sampled_from([(64, 64), (128, 128), (80, 48), (16, 256)]),
+    dims=st.sampled_from([(64, 64), (128, 128), (80, 48), (16, 256), (192, 320), (96, 192)]),
     batch=st.integers(1, 2),
     how=st.sampled_from(["plain", "bool", "softcap"]),
     mapped=st.booleans(),

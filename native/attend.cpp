@@ -216,7 +216,7 @@ size_t tile_scratch_bytes(const headinfer_attend_args &call, bool packed) {
   const int64_t rows = std::min(kTileRows, call.q_per_kv * call.rows);
   const int64_t floats = rows * (divide_up(call.key_dim, 32) * 32 +
                                  divide_up(call.value_dim, 32) * 32 + kBlockKeys + 1);
-  const int64_t decoded = packed ? 2 * kBlockKeys * (call.key_dim + call.value_dim) : 0;
+  const int64_t decoded = packed ? 2 * (kBlockKeys + 1) * (call.key_dim + call.value_dim) : 0;
   return sizeof(float) * static_cast<size_t>(floats) + static_cast<size_t>(decoded) + 6 * 64;
 }
 

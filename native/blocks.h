@@ -63,6 +63,37 @@ inline const uint8_t *entry_of(const uint8_t *slot, const BlockLayout &at,
   }
 }
 
+// A base exponent where the exponent of a bfloat16 is, with ones below: a nibble in bits 7 to 10 is
+// subtracted whatever lies under it.
+[[maybe_unused]] inline uint16_t widened_base(uint8_t base) {
+  return static_cast<uint16_t>(base << 7 | 0x7f);
+}
+
+// Sets in `apart` the bits of those of tokens `first` .. `first + count`, at most 64, that have escapes, and
+// decodes them into their rows of `out`. False if the block is raw or damaged: nothing is decoded then.
+template <class S>
+bool set_apart(const uint8_t *slot, const BlockLayout &at, int64_t first, int64_t count,
+               uint16_t *out, uint64_t &apart) {
+  const uint8_t *head = slot + at.header();
+  const int64_t escapes = read<uint16_t>(head + 2);
+  if (head[0] != 1 || head[1] != 0 || escapes > at.most_escapes()) return false;
+  const int64_t dim = at.dim, half = dim / 2;
+  uint64_t found = 0;
+  for (int64_t i = 0; i < escapes; ++i) {
+    const int64_t position = read<uint16_t>(slot + at.positions() + 2 * i);
+    if (position >= kBlockTokens * dim) return false;
+    const int64_t token = position / dim - first;
+    if (token < 0 || token >= count) continue;
+    if ((found >> token & 1) == 0)
+      S::unpack(slot + (first + token) * dim, slot + at.nibbles() + (first + token) * half,
+                slot + at.bases(), half, 1, out + token * dim);
+    found |= uint64_t{1} << token;
+    out[position - first * dim] = join(slot[position], slot[at.exponents() + i]);
+  }
+  apart = found;
+  return true;
+}
+
 // S::unpack(mixed, pairs, base, half, count, out) decodes tokens of 2 x half channels, escapes aside.
 template <class S>
 bool unpack(const uint8_t *slot, const headinfer_packed &where, int64_t dim, int64_t first,

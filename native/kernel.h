@@ -42,11 +42,32 @@ struct Ahead {
   }
 };
 
+// Fetches evenly while `passes` loops pass over as many keys each: a core can wait for few lines at a
+// time, so a burst of them stops it, and afterwards memory has nothing to do.
+template <class A>
+struct Spread {
+  A ahead;
+  int64_t passes, due = 0;
+
+  inline void fetch(int64_t keys) {
+    for (due += keys; due >= passes; due -= passes) ahead.fetch(1);
+  }
+};
+
 // Where the rows of some keys or values are.
 template <class T>
 struct Rows {
   const T *first;
   int64_t stride;
+};
+
+// Packed keys or values of one block that are decoded in registers, from its token `first` on. Rows
+// whose bit is set in `apart` are not: they lie decoded in `rows`.
+struct Unread {
+  Rows<BFloat16> rows;
+  const uint8_t *mixed, *pairs;
+  const uint16_t *base;
+  uint64_t apart;
 };
 
 // Keys or values that lie plain.
@@ -81,7 +102,8 @@ struct AheadPacked {
   }
 };
 
-// Keys or values in packed blocks, decoded a block of keys at a time, and plain ones after them.
+// Keys or values in packed blocks, and plain ones after them. `get` decodes a block of keys at a time;
+// `unread` leaves that to whoever reads them.
 template <class S>
 class PackedRows {
  public:
@@ -102,9 +124,30 @@ class PackedRows {
   // Keys that are decoded before they are scored: few, so that they stay near.
   static constexpr int64_t kScoredKeys = 32;
   static int64_t scratch_bytes(int64_t dim) {
-    return round_up(kBlockKeys * dim * static_cast<int64_t>(sizeof(BFloat16)), 64);
+    return round_up((kBlockKeys + 1) * dim * static_cast<int64_t>(sizeof(BFloat16)), 64);
   }
-  void lend(char *scratch) { scratch_ = reinterpret_cast<BFloat16 *>(scratch); }
+  void lend(char *scratch) {
+    scratch_ = reinterpret_cast<BFloat16 *>(scratch);
+    base_ = &scratch_[kBlockKeys * at_.dim].bits;
+  }
+
+  // Whether `unread` can be asked from `key` on: both halves of the channels are whole vectors.
+  bool direct(int64_t key) const { return at_.dim % 64 == 0 && first_key_ + key < tokens_; }
+
+  Unread unread(int64_t key, int64_t keys) const {
+    key += first_key_;
+    const int64_t block = key / kBlockTokens, token = key % kBlockTokens;
+    const uint8_t *slot = slots_ + block * at_.slot_bytes();
+    const uint8_t *mixed = slot + token * at_.dim;
+    const uint8_t *pairs = slot + at_.nibbles() + token * at_.dim / 2;
+    Unread found{{scratch_, at_.dim}, mixed, pairs, base_, ~uint64_t{0}};
+    if (!headinfer::set_apart<S>(slot, at_, token, keys, &scratch_->bits, found.apart)) {
+      get(key - first_key_, keys);  // raw or damaged
+      return found;
+    }
+    for (int64_t d = 0; d < at_.dim; ++d) base_[d] = widened_base(slot[at_.bases() + d]);
+    return found;
+  }
 
   Rows<BFloat16> get(int64_t key, int64_t keys) const {
     key += first_key_;
@@ -139,6 +182,7 @@ class PackedRows {
   int64_t stride_, first_key_;
   BlockLayout at_;
   BFloat16 *scratch_ = nullptr;
+  uint16_t *base_ = nullptr;
   int64_t tokens_ = 0, number_ = 0;
   int64_t *damaged_ = nullptr;
 };
@@ -164,6 +208,12 @@ struct FloatDots {
     S::load2(p, count, part.a, part.b);
     return part;
   }
+  template <class V>
+  static inline Part of(V elements) {
+    Part part;
+    S::split(elements, part.a, part.b);
+    return part;
+  }
   static inline F add(F sum, const Part &q, const Part &k) {
     return S::fma(q.b, k.b, S::fma(q.a, k.a, sum));
   }
@@ -181,6 +231,8 @@ class TileRun {
   static constexpr int W = S::kWidth;
   static constexpr int64_t P = kBlockKeys;
   static constexpr bool kPacked = !std::is_same<Source, PlainRows<T>>::value;
+  static constexpr bool kDirect = kPacked && S::kDirect;
+  static constexpr int64_t kFew = 4;  // keys between two questions that need none of the sums
 
  public:
   TileRun(const Tile &tile, void *scratch)
@@ -259,7 +311,10 @@ class TileRun {
 
   // Scaled scores of `keys` keys from `key` on into p_; values of the same keys are fetched ahead.
   void score(int64_t key, int64_t keys) {
-    auto ahead = v_.ahead(key, keys);
+    Spread<decltype(v_.ahead(0, 0))> ahead{v_.ahead(key, keys), row_groups(S::kDotRows)};
+    if constexpr (kDirect) {
+      if (tile_.rows <= S::kDotRows && k_.direct(key)) return score_unread(key, keys, ahead);
+    }
     constexpr int64_t kStep = Source::kScoredKeys;
     for (int64_t first = 0; first < keys; first += kStep) {
       const int64_t some = keys - first < kStep ? keys - first : kStep;
@@ -276,6 +331,64 @@ class TileRun {
       if (row + 3 <= tile_.rows) dots<3>(row, k, first, keys, ahead), row += 3;
     for (; row + 2 <= tile_.rows; row += 2) dots<2>(row, k, first, keys, ahead);
     if (row < tile_.rows) dots<1>(row, k, first, keys, ahead);
+  }
+
+  int64_t row_groups(int64_t of) const { return (tile_.rows + of - 1) / of; }
+
+  // Keys for as many rows as one pass serves are decoded in registers.
+  template <class Fetch>
+  void score_unread(int64_t key, int64_t keys, Fetch &ahead) {
+    const Unread k = k_.unread(key, keys);
+    switch (tile_.rows) {
+      case 1: return dots_unread<1>(k, keys, ahead);
+      case 2: return dots_unread<2>(k, keys, ahead);
+      case 3: return dots_unread<3>(k, keys, ahead);
+      default: return dots_unread<4>(k, keys, ahead);
+    }
+  }
+
+  template <int R, class Fetch>
+  void dots_unread(const Unread &k, int64_t keys, Fetch &ahead) {
+    if (call_.key_dim == 128) dots_halves<R, 64>(k, keys, ahead);
+    else dots_halves<R, 0>(k, keys, ahead);
+  }
+
+  // All R rows of the tile; kHalf is half the dim where that is known, else 0. The order of the
+  // additions is that of dots().
+  template <int R, int kHalf, class Fetch>
+  void dots_halves(const Unread &k, int64_t keys, Fetch &ahead) {
+    constexpr int K = S::kDotSums / (R == 3 ? 4 : R);
+    constexpr int kSums = (R * K + W - 1) / W * W;
+    const F scale = S::set(call_.scale);
+    const int64_t half = kHalf != 0 ? kHalf : call_.key_dim / 2, width = 2 * half;
+    const Packed *q = q_;
+    for (int64_t key = 0; key < keys; key += K) {
+      ahead.fetch(K);
+      F sum[kSums];
+      HEADINFER_UNROLL for (int i = 0; i < kSums; ++i) sum[i] = S::zero();
+      HEADINFER_UNROLL for (int i = 0; i < K; ++i) {
+        const int64_t mine = key + i < keys ? key + i : keys - 1;
+        const auto add = [&](const typename Dots::Part &part, int64_t d) {
+          HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+            sum[r * K + i] = Dots::add(sum[r * K + i], Dots::query(q + r * width + d), part);
+        };
+        if ((k.apart >> mine & 1) != 0) {
+          const T *from = k.rows.first + mine * width;
+          for (int64_t d = 0; d < width; d += Dots::kStep) add(Dots::keys(from + d), d);
+          continue;
+        }
+        const uint8_t *mixed = k.mixed + mine * width, *pairs = k.pairs + mine * half;
+        for (int64_t d = 0; d < half; d += 32)
+          add(Dots::of(S::lower(mixed + d, pairs + d, k.base + d)), d);
+        for (int64_t d = 0; d < half; d += 32)
+          add(Dots::of(S::upper(mixed + half + d, pairs + d, k.base + half + d)), half + d);
+      }
+      alignas(64) float found[kSums];
+      HEADINFER_UNROLL for (int i = 0; i < kSums; i += W)
+        S::store(found + i, S::mul(S::sums(sum + i), scale));
+      HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+        std::memcpy(p_ + r * P + key, found + r * K, sizeof(float) * K);
+    }
   }
 
   // R rows against all keys of the block, as many keys at a time as fill the sums of one reduction.
@@ -393,13 +506,110 @@ class TileRun {
 
   // sums_ = sums_ * rescale_ + weights times values; keys of the next block are fetched ahead.
   void weigh(int64_t key, int64_t keys, int64_t later) {
+    Spread<decltype(k_.ahead(0, 0))> ahead{k_.ahead(key + keys, later < P ? later : P), 1};
+    if constexpr (kDirect) {
+      if (tile_.rows <= 4 && v_.direct(key)) return weigh_unread(key, keys, ahead);
+    }
     const Rows<T> v = v_.get(key, keys);
-    auto ahead = k_.ahead(key + keys, later < P ? later : P);
+    ahead.passes = passes();
     int64_t row = 0;
     for (; row + 4 <= tile_.rows; row += 4) columns<4>(row, v, keys, ahead);
     if (row + 3 <= tile_.rows) columns<3>(row, v, keys, ahead), row += 3;
     if (row + 2 <= tile_.rows) columns<2>(row, v, keys, ahead), row += 2;
     if (row < tile_.rows) columns<1>(row, v, keys, ahead);
+  }
+
+  // Strips of all rows that weigh() reads the values for.
+  int64_t passes() const {
+    const int64_t rest = tile_.rows % 4;
+    return tile_.rows / 4 * strips(S::kPairs) +
+           (rest == 3 ? strips(S::kPairs) : rest == 0 ? 0 : strips(S::kPairsFewRows));
+  }
+  int64_t strips(int64_t pairs) const {
+    const int64_t wide = 2 * W * pairs, left = call_.value_dim % wide;
+    return call_.value_dim / wide + (left + 2 * W - 1) / (2 * W);
+  }
+
+  // Values for rows that one pass serves are decoded in registers.
+  template <class Fetch>
+  void weigh_unread(int64_t key, int64_t keys, Fetch &ahead) {
+    const Unread v = v_.unread(key, keys);
+    switch (tile_.rows) {
+      case 1: return halves<1>(v, keys, ahead);
+      case 2: return halves<2>(v, keys, ahead);
+      case 3: return halves<3>(v, keys, ahead);
+      default: return halves<4>(v, keys, ahead);
+    }
+  }
+
+  template <int R, class Fetch>
+  void halves(const Unread &v, int64_t keys, Fetch &ahead) {
+    constexpr int kPieces = R > 2 ? 1 : 2;
+    const int64_t half = call_.value_dim / 2, wide = 32 * kPieces;
+    ahead.passes = half / wide + (half % wide != 0 ? 1 : 0);
+    int64_t column = 0;
+    for (; column + wide <= half; column += wide) strip_halves<R, kPieces>(column, v, keys, ahead);
+    if (column < half) strip_halves<R, 1>(column, v, keys, ahead);
+  }
+
+  // 32 columns of the lower half and the 32 of the upper one that share their bytes, kPieces times.
+  template <int R, int kPieces, class Fetch>
+  void strip_halves(int64_t column, const Unread &v, int64_t keys, Fetch &ahead) {
+    const int64_t width = call_.value_dim, half = width / 2;
+    const uint8_t *mixed = v.mixed + column, *pairs = v.pairs + column;
+    const T *apart = v.rows.first + column;
+    const float *p = p_;
+    F sum[R][4 * kPieces];
+    HEADINFER_UNROLL for (int r = 0; r < R; ++r)
+      HEADINFER_UNROLL for (int c = 0; c < 4 * kPieces; ++c) sum[r][c] = S::zero();
+    typename S::Base base[2 * kPieces];
+    HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
+      base[2 * c] = S::bases(v.base + column + 32 * c);
+      base[2 * c + 1] = S::bases(v.base + half + column + 32 * c);
+    }
+    const auto add = [&](const F *value, int64_t key) {
+      HEADINFER_UNROLL for (int r = 0; r < R; ++r) {
+        const F weight = S::set(p[r * P + key]);
+        HEADINFER_UNROLL for (int c = 0; c < 4 * kPieces; ++c)
+          sum[r][c] = S::fma(weight, value[c], sum[r][c]);
+      }
+    };
+    F value[4 * kPieces];
+    for (int64_t key = 0; key < keys;) {
+      const int64_t end = keys - key < kFew ? keys : key + kFew;
+      ahead.fetch(end - key);
+      if ((v.apart >> key & ((1u << kFew) - 1)) == 0) {
+        for (; key < end; ++key, mixed += width, pairs += half) {
+          HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
+            F *to = value + 4 * c;
+            S::split(S::lower(mixed + 32 * c, pairs + 32 * c, base[2 * c]), to[0], to[1]);
+            S::split(S::upper(mixed + half + 32 * c, pairs + 32 * c, base[2 * c + 1]), to[2], to[3]);
+          }
+          add(value, key);
+        }
+        continue;
+      }
+      for (; key < end; ++key, mixed += width, pairs += half) {
+        HEADINFER_UNROLL for (int c = 0; c < kPieces; ++c) {
+          F *to = value + 4 * c;
+          if ((v.apart >> key & 1) != 0) {
+            S::load2(apart + key * width + 32 * c, to[0], to[1]);
+            S::load2(apart + key * width + half + 32 * c, to[2], to[3]);
+          } else {
+            S::split(S::lower(mixed + 32 * c, pairs + 32 * c, base[2 * c]), to[0], to[1]);
+            S::split(S::upper(mixed + half + 32 * c, pairs + 32 * c, base[2 * c + 1]), to[2], to[3]);
+          }
+        }
+        add(value, key);
+      }
+    }
+    HEADINFER_UNROLL for (int r = 0; r < R; ++r) {
+      const F rescale = S::set(rescale_[r]);
+      HEADINFER_UNROLL for (int c = 0; c < 4 * kPieces; ++c) {
+        float *to = sums_ + r * o_width_ + column + (c / 2 % 2) * half + 32 * (c / 4) + c % 2 * W;
+        S::store(to, S::fma(S::load(to), rescale, sum[r][c]));
+      }
+    }
   }
 
   template <int R, class Fetch>

@@ -19,6 +19,7 @@ struct Avx2 {
   static constexpr int kDotSums = 8;
   static constexpr int kPairs = 1;
   static constexpr int kPairsFewRows = 2;
+  static constexpr bool kDirect = false;
 
   static inline F zero() { return _mm256_setzero_ps(); }
   static inline F set(float x) { return _mm256_set1_ps(x); }

@@ -23,6 +23,7 @@ struct PairDots {
   static inline Part keys(const BFloat16 *p, int count) {
     return (Part)_mm512_maskz_loadu_epi16(~uint32_t{0} >> (32 - count), p);
   }
+  static inline Part of(__m512i elements) { return (Part)elements; }
   static inline F add(F sum, Part q, Part k) { return _mm512_dpbf16_ps(sum, q, k); }
   static inline void pack(const BFloat16 *from, int count, Packed *to) {
     for (int i = 0; i < kStep; ++i) to[i] = i < count ? from[i] : BFloat16{0};

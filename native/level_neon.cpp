@@ -18,6 +18,7 @@ struct Neon {
   static constexpr int kDotSums = 16;
   static constexpr int kPairs = 2;
   static constexpr int kPairsFewRows = 4;
+  static constexpr bool kDirect = false;
 
   static inline F zero() { return vdupq_n_f32(0.0f); }
   static inline F set(float x) { return vdupq_n_f32(x); }

@@ -14,6 +14,7 @@ struct Portable {
   static constexpr int kDotSums = 8;
   static constexpr int kPairs = 1;
   static constexpr int kPairsFewRows = 2;
+  static constexpr bool kDirect = false;
 
   static inline F zero() { return F{0, 0, 0, 0}; }
   static inline F set(float x) { return F{x, x, x, x}; }

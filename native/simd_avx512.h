@@ -97,6 +97,26 @@ struct Avx512 {
     b = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask >> 16), p + 16));
   }
 
+  // 32 packed values as bfloat16, their bytes from `mixed` and `pairs` on, whose nibbles are those of
+  // the lower half of the channels. Nibbles of the upper half keep those of the lower under them.
+  using Base = __m512i;
+  static constexpr bool kDirect = true;
+  static inline Base bases(const uint16_t *p) { return _mm512_loadu_si512(p); }
+  static inline __m512i lower(const uint8_t *mixed, const uint8_t *pairs, Base base) {
+    const __m512i nibbles =
+        _mm512_and_si512(_mm512_slli_epi16(bytes32(pairs), 7), _mm512_set1_epi16(15 << 7));
+    return with_exponent(mixed, _mm512_sub_epi16(base, nibbles));
+  }
+  static inline __m512i upper(const uint8_t *mixed, const uint8_t *pairs, Base base) {
+    return with_exponent(mixed, _mm512_sub_epi16(base, _mm512_slli_epi16(bytes32(pairs), 3)));
+  }
+  static inline __m512i lower(const uint8_t *mixed, const uint8_t *pairs, const uint16_t *base) {
+    return lower(mixed, pairs, bases(base));
+  }
+  static inline __m512i upper(const uint8_t *mixed, const uint8_t *pairs, const uint16_t *base) {
+    return upper(mixed, pairs, bases(base));
+  }
+
   template <class T>
   static inline void store2(float *p, F a, F b) {
     if constexpr (is_bfloat16(static_cast<const T *>(nullptr))) {
@@ -119,6 +139,20 @@ struct Avx512 {
   }
 
  private:
+  static inline __m512i bytes32(const uint8_t *p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  }
+
+  // Widened with its sign, a byte of sign and mantissa has both where they belong.
+  static inline __m512i with_exponent(const uint8_t *mixed, __m512i exponent) {
+    const __m512i wide =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(mixed)));
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi16(0x7f80), wide, exponent, kChoose);
+  }
+
+  // Bits of the third operand where the first has ones, else of the second.
+  static constexpr int kChoose = 0xac;
+
   // The two most common dims, without masks.
   static inline void unpack_128(const uint8_t *mixed, const uint8_t *pairs, const uint8_t *base,
                                 int64_t count, uint16_t *out) {
@@ -165,8 +199,6 @@ struct Avx512 {
     const __m512i m = _mm512_permutexvar_epi64(order, mixed);
     const __m512i e = _mm512_permutexvar_epi64(order, _mm512_sub_epi8(base, below));
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    // Bits of the third where the first has ones, else of the second.
-    constexpr int kChoose = 0xac;
     const __m512i high = _mm512_ternarylogic_epi64(sign, _mm512_srli_epi16(e, 1), m, kChoose);
     const __m512i down = _mm512_ternarylogic_epi64(sign, m, _mm512_slli_epi16(e, 7), kChoose);
     const __m512i first = _mm512_unpacklo_epi8(down, high);

@@ -65,7 +65,7 @@ def reference_slots(values, run):
     heads=st.integers(1, 2),
     rows=st.integers(1, 2),
     blocks=st.integers(0, 3),
-    dim=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 256, 272]),
+    dim=st.sampled_from([16, 32, 48, 64, 80, 96, 128, 192, 256, 272, 512]),
     seed=st.integers(0, 2**31),
 )
 def test_every_level_writes_and_reads_the_bytes_of_the_reference(
@@ -93,7 +93,7 @@ def test_every_level_writes_and_reads_the_bytes_of_the_reference(
     blocks=st.integers(1, 12),
     left_out=st.integers(0, 127),
     tail=st.integers(0, 127),
-    dims=st.sampled_from([(64, 64), (128, 128), (80, 48), (16, 256)]),
+    dims=st.sampled_from([(64, 64), (128, 128), (80, 48), (16, 256), (192, 320), (96, 192)]),
     batch=st.integers(1, 2),
     how=st.sampled_from(["plain", "bool", "softcap"]),
     mapped=st.booleans(),
@@ -126,6 +126,50 @@ def test_attention_over_packed_keys_has_the_bits_of_plain_attention(
         found = packed.attend(q, *runs, *tails, keys=keys, level=level, **options)
         assert torch.equal(found.out.view(torch.int32), plain.out.view(torch.int32))
         assert torch.equal(found.lse.view(torch.int32), plain.lse.view(torch.int32))
+
+
+@settings(max_examples=40)
+@given(
+    dim=st.sampled_from([16, 64, 128, 192]),
+    g=st.sampled_from([1, 3, 4, 8]),
+    escapes=st.integers(0, 13),
+    seed=st.integers(0, 2**31),
+)
+def test_any_bytes_are_attended_as_what_they_decode_to(dim, g, escapes, seed):
+    """No encoder wrote them: nibbles above their base, escapes in any order and more than once."""
+    random = torch.Generator().manual_seed(seed)
+    at = BlockLayout(dim)
+    sides = []
+    for kind in ("normal", "edge"):
+        run = packed_run(many(kind, 1, 1, 2, dim, seed))
+        slots = run.slots
+        slots[..., : at.bases].random_(generator=random)
+        # Exponents that stay below one, or come out modulo 256; infinities and NaN among them.
+        bases = torch.randint(*((0, 30) if kind == "edge" else (90, 127)), (dim,), generator=random)
+        slots[..., at.bases : at.header] = bases.to(torch.uint8)
+        head = slots[..., at.header :]
+        head[..., 1] = 0
+        head[..., 2], head[..., 3] = min(escapes, at.most_escapes), 0
+        listed = slots[..., at.positions : at.exponents]
+        listed.random_(generator=random)
+        listed[..., 1::2] %= 128 * dim // 256
+        slots[..., at.exponents :].random_(100, 127, generator=random)
+        sides.append(run._replace(slots=slots))
+    q = torch.randn((1, g, 1, dim), generator=random).bfloat16()
+    for level in LEVELS:
+        whole = torch.empty((2, 1, 1, 256, dim), dtype=torch.bfloat16)
+        for run, out in zip(sides, whole, strict=True):
+            packed.decode(run, out, level=level)
+        for k, v in ((0, 1), (0, 0), (1, 0)):
+            found = packed.attend(
+                q, sides[k], sides[v], None, None, keys=250, scale=0.3, level=level
+            )
+            plain = native.attend(
+                q, whole[k][:, :, :250], whole[v][:, :, :250], scale=0.3, level=level
+            )
+            for mine, theirs in zip(found, plain, strict=True):
+                assert torch.equal(mine.isnan(), theirs.isnan())
+                assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 
 @settings(max_examples=80)

@@ -115,3 +115,18 @@ def test_an_entry_that_is_not_there_is_damage():
     for index in (-1, overflow.entries):
         with pytest.raises(LosslessCorrupt, match="names overflow entry"):
             overflow.fetch(torch.tensor([index]))
+
+
+def test_a_number_that_a_damaged_block_named_is_never_handed_out():
+    tickets = Tickets()
+    overflow = made(tickets)
+    mine = encode(overflow, tickets, 0, 4, 4)
+    tickets.finish(0)
+    overflow.reserve(0)
+    free = overflow.entries - overflow.used
+    named = torch.tensor([int(mine[0]), 10**6, overflow.entries, 2**31 + 1, 2**32 - 1])
+    overflow.give(named)  # the four entries of the damaged blocks stay in use
+    assert overflow.entries - overflow.used == free + 1
+    handed = overflow.free_numbers(free + 1).tolist()
+    assert len(set(handed)) == len(handed)
+    assert all(0 <= number < overflow.entries for number in handed)

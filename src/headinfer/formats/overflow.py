@@ -101,9 +101,15 @@ class Overflow:
         self._pending.append((ticket, blocks))
 
     def give(self, indices: Tensor) -> None:
-        """The entries `indices` are free again; nothing that reads them is under way."""
-        numbers = indices.flatten().to(torch.int32)
-        for number in numbers.tolist():
+        """The entries `indices` are free again; nothing that reads them is under way.
+
+        A damaged block may name one that is not there, which an encoder must not be handed: it would
+        write outside. The block's own entry stays in use.
+        """
+        entries = self.entries
+        for number in indices.flatten().tolist():
+            if not 0 <= number < entries:
+                continue
             self.ring[self._issued % self.ring.numel()] = number
             self._issued += 1
 

@@ -90,7 +90,9 @@ class Pair:
         self.packed = make_runner(device, "lossless", placement, **more)
         self.device, self.heads, self.dims, self.kind = device, heads, dims, kind
         self.random = torch.Generator().manual_seed(seed)
-        self.length, self.same = 0, True
+        # Fewer bytes leave host memory later, and a layer there and one on disk are summed in
+        # different orders.
+        self.length, self.same = 0, placement != "leaving host memory"
         self.k, self.v = {}, {}
         self.compared = []
 
@@ -188,10 +190,10 @@ def test_any_history_gives_the_bits_of_the_exact_format(device, placement, data)
         expected_tokens=data.draw(st.sampled_from([None, 2000]), label="expected tokens"),
     )
     # In place, runs of tokens are attended one by one, and without a length told they are cut
-    # elsewhere: another order of the same sums. Fewer bytes leave host memory later.
+    # elsewhere: another order of the same sums.
     in_place = placement in ("in place", "host and disk")
-    pair.same = not in_place or pair.packed.settings.expected_tokens is not None
-    pair.same = pair.same and placement != "leaving host memory"
+    told = pair.packed.settings.expected_tokens is not None
+    pair.same = pair.same and (told or not in_place)
     pair.forward(data.draw(st.sampled_from([1, 127, 128, 129, 300, 700]), label="prompt"), batch)
     for _ in range(data.draw(st.integers(0, 6), label="steps")):
         kind = data.draw(
@@ -567,7 +569,6 @@ def test_layers_leave_host_memory_as_they_are_packed(monkeypatch):
     """Blocks go to disk as they lie: nothing is decoded, nothing is encoded again."""
     pair = on_disk("leaving host memory", Trouble(slow_s=0), kind="mixed", dims=(64, 64),
                    host_bytes=8 * 2**20, kept_bytes=2**20)  # fmt: skip
-    pair.same = False
     pair.forward(512, 1)
     pair.forward(70, 1)
     assert pair.packed.stats().disk_bytes == 0

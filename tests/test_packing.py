@@ -53,11 +53,16 @@ def test_a_million_tokens_fit_in_a_hundred_gib():
     assert any("without loss in 75.7% of their bytes: as asked for" in why for why in plan.reasons)
 
 
-def test_beside_a_gpu_it_is_offered_and_the_offer_works():
-    with pytest.raises(BudgetTooSmall, match=r"without loss in .* with kv_format='lossless'"):
-        planned(1_000_000, host=100, resident_heads=0)
-    assert planned(1_000_000, host=100, resident_heads=0, kv_format="lossless").host_bytes
+def test_beside_a_gpu_it_is_taken_where_nothing_else_fits_and_says_so():
+    plan = planned(1_000_000, host=100, resident_heads=0)
+    assert plan.kv_format == "lossless"
+    assert plan.host_bytes <= 100 * GIB
+    assert any("which the host budget does not allow" in why for why in plan.reasons)
     assert planned(128 * 1024, rates=RATES).kv_format == "exact"
+    with pytest.raises(BudgetTooSmall, match="Raise host_memory to") as caught:
+        planned(1_000_000, host=60, resident_heads=0)
+    enough = caught.value.needed_bytes / GIB
+    assert planned(1_000_000, host=enough, resident_heads=0).kv_format == "lossless"
 
 
 def test_a_cpu_packs_only_for_room():

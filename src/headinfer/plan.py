@@ -87,12 +87,12 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
             raise
         needed, where = format_bytes(too_small.needed_bytes), too_small.tier
         why = f"as they are they would need {needed}, which the {where} budget does not allow"
-        if device == "cpu":
+        if device == "cpu" or options.disk is None:
             try:
                 return _with_format_reason(_plan(geometry, packed, device, batch), why)
             except BudgetTooSmall as packed_too:
-                raise (packed_too if where == "host" else too_small) from None
-        # No GPU has run the packed format yet: it is offered, not taken.
+                raise (packed_too if packed_too.tier == where == "host" else too_small) from None
+        # Packed blocks on a disk beside a GPU have run on simulated devices alone: they are offered.
         try:
             found = _plan(geometry, packed, device, batch)
         except BudgetTooSmall:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headinfer.budget import GIB
-from headinfer.surroundings import SHARE, WSL_PINNED_SHARE, host_memory
+from headinfer.surroundings import SHARE, WSL_PINNED_SHARE, host_memory, huge_page_bytes
 
 
 class Machine:
@@ -131,3 +131,18 @@ def test_this_machine_says_something_plausible() -> None:
         pytest.skip("not Linux")
     assert 0 <= found.free_bytes <= found.total_bytes
     assert found.total_bytes > GIB // 4
+
+
+def test_huge_pages_are_those_of_the_mapping_asked_about(tmp_path: Path) -> None:
+    smaps = tmp_path / "smaps"
+    smaps.write_text(
+        "7f0000000000-7f0000400000 rw-p 00000000 00:00 0\n"
+        "Size:               4096 kB\nAnonHugePages:      2048 kB\nVmFlags: rd wr hg\n"
+        "7f0000400000-7f0000800000 rw-p 00000000 00:00 0\n"
+        "Size:               4096 kB\nAnonHugePages:         0 kB\nVmFlags: rd wr hg\n"
+    )
+    assert huge_page_bytes(0x7F0000000000, smaps) == 2**21
+    assert huge_page_bytes(0x7F00003FFFFF, smaps) == 2**21
+    assert huge_page_bytes(0x7F0000400000, smaps) == 0
+    assert huge_page_bytes(0x7F0000800000, smaps) is None
+    assert huge_page_bytes(0, tmp_path / "absent") is None

@@ -131,3 +131,21 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def huge_page_bytes(address: int, smaps: Path = Path("/proc/self/smaps")) -> int | None:
+    """Of the mapping of this process that `address` is in, the bytes that lie in huge pages; None
+    where the system does not say."""
+    try:
+        lines = smaps.read_text().splitlines()
+    except OSError:
+        return None
+    inside = False
+    for line in lines:
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "AnonHugePages:":
+            return int(rest[0]) * KIB
+    return None

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from headinfer.errors import TierClosed, TierFull
+from headinfer.surroundings import huge_page_bytes
 from headinfer.tiers import HostTier
 from headinfer.tiers.host import _Mapping
 
@@ -40,6 +42,25 @@ def test_memory_in_use_is_what_was_asked_for():
     for extent in extents:
         tier.free(extent)
     assert tier.used_bytes == 0
+
+
+def test_host_memory_is_of_the_kind_that_huge_pages_are_granted_to():
+    """Memory that could be shared with children gets none, whatever it is advised."""
+    tier = HostTier()
+    view = tier.view(tier.allocate(64 * MIB), 0, (64 * MIB,), torch.uint8)
+    permissions, flags, inside = "", "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= view.data_ptr() < high
+            permissions = rest[0] if inside else permissions
+        elif inside and first == "VmFlags:":
+            flags = rest
+    assert permissions.endswith("p"), permissions
+    assert "hg" in flags, flags
+    view.fill_(1)
+    assert huge_page_bytes(view.data_ptr()) is not None
 
 
 def test_what_was_prepared_is_handed_out_and_made_on_another_thread(locking):
@@ -111,7 +132,7 @@ def test_refused_locking_is_named_once_and_memory_still_comes(monkeypatch, caplo
 
 
 def test_a_system_that_has_no_more_is_a_full_tier(locking, monkeypatch):
-    def no_memory(*_):
+    def no_memory(*_, **how):
         raise OSError("Cannot allocate memory")
 
     tier = HostTier(pin=True)

@@ -24,7 +24,7 @@ import headinfer
 from headinfer.attention import native
 from headinfer.attention.api import choose, why_not
 from headinfer.attention.types import AttentionSpec
-from headinfer.budget import format_bytes
+from headinfer.budget import MIB, format_bytes
 from headinfer.errors import HeadInferError, InputError, UnsupportedAttention
 from headinfer.hf.attach import attach, session_of
 from headinfer.hf.cache_name import cache_argument, cache_returned
@@ -32,11 +32,14 @@ from headinfer.hf.geometry import memory_here
 from headinfer.hf.remembered import known_rates
 from headinfer.host_stream import why_no_host_functions
 from headinfer.rates import Rates
+from headinfer.surroundings import huge_page_bytes
+from headinfer.tiers import HostTier
 
 TOKENS = 200
 CHUNK = 64
 TILE_BYTES = 2**18
 """Small enough that the check streams several tiles."""
+TRIED_BYTES = 64 * MIB
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -303,4 +306,13 @@ def _huge_pages(setting: Path = HUGE_PAGES) -> str:
     chosen = found.partition("[")[2].partition("]")[0] or found
     if chosen == "never":
         return "huge pages: never; page-locking memory takes several times as long as with madvise"
-    return f"huge pages: {chosen}"
+    memory = HostTier()
+    there = memory.view(memory.allocate(TRIED_BYTES), 0, (TRIED_BYTES,), torch.uint8)
+    granted = huge_page_bytes(there.fill_(1).data_ptr())
+    memory.close()
+    if not granted:
+        return (
+            f"huge pages: {chosen}, but the system granted none for {format_bytes(TRIED_BYTES)}; "
+            "page-locking memory takes several times as long as with them"
+        )
+    return f"huge pages: {chosen}, granted"

@@ -208,9 +208,15 @@ class _Mapping:
     """
 
     def __init__(self, nbytes: int, *, pin: bool, touch: Touch | None) -> None:
-        region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        # Private: what a process could share with its children is shared memory to the system, which
+        # gives no huge pages to that unless told so by its administrator.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        region = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             region.madvise(mmap.MADV_HUGEPAGE)
+        if pin and hasattr(mmap, "MADV_DONTFORK"):
+            # A child's copy would leave the GPU with the old pages of whatever is written next.
+            region.madvise(mmap.MADV_DONTFORK)
         self.bytes: Tensor = torch.frombuffer(region, dtype=torch.uint8)[:nbytes]
         self._unlock: weakref.finalize[[int], _Mapping] | None = None
         self.pin_failure = self._register(touch) if pin else None

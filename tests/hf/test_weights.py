@@ -19,7 +19,13 @@ from headinfer.cost import chunk_time, decode_time
 from headinfer.geometry import LayerKind
 from headinfer.hf.geometry import geometry_of, weight_bytes_of
 from headinfer.hf.load import load_shape
-from headinfer.hf.weights import active_share, compute_device, weights_there, weights_to_come
+from headinfer.hf.weights import (
+    active_share,
+    compute_device,
+    on_one_device,
+    weights_there,
+    weights_to_come,
+)
 from headinfer.options import Options
 from headinfer.plan import make_plan
 from headinfer.quantised import stored_bits
@@ -236,3 +242,10 @@ def test_states_are_counted(tmp_path: Path) -> None:
     options = Options(budget=MemoryBudget(None, None), expected_tokens=8192)
     plan = make_plan(found, options, device="cuda")
     assert plan.gpu_parts["states"] == 2 * 36 * states[0].state_bytes
+
+
+def test_a_model_of_which_a_part_is_elsewhere_is_not_on_one_device() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    assert on_one_device(model)
+    model[1].to("meta")
+    assert not on_one_device(model)

@@ -168,6 +168,18 @@ def test_a_simulated_context_can_be_decoded(family: str) -> None:
     assert cache.get_seq_length() == 20_003
 
 
+def test_putting_a_context_in_place_is_no_long_forward_pass(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = ZOO["llama"].build()
+    with caplog.at_level("WARNING", "headinfer"):
+        cache = mp_simulate_decode(model, start_length=1300)
+        model(input_ids=tokens(model, 1), **cache_argument(model, cache))
+        assert not [record for record in caplog.records if "forward pass" in record.message]
+        model(input_ids=tokens(model, 1100), **cache_argument(model, cache))
+    assert len([record for record in caplog.records if "forward pass" in record.message]) == 1
+
+
 def test_a_simulated_context_is_attended_in_full() -> None:
     """The whole of it: the answer is that of a resident cache with the same keys and values."""
     model = ZOO["llama"].build()

@@ -107,7 +107,7 @@ def machine_named(name: str) -> Machine:
     if found is None:
         known = ", ".join(machine.name for machine in MACHINES.values())
         raise InputError(
-            f"no figures of a GPU called {name!r} are at hand; known: {known}. For another one, give "
-            "its memory with --gpu-memory: that plans memory, without times"
+            f"no figures of a GPU called {name!r} are at hand; known: {known}. For another one, "
+            "leave --gpu out and give its memory with --gpu-memory: that plans memory, without times"
         )
     return found

@@ -96,3 +96,32 @@ def test_doctor_measures_this_machine_when_asked(
     assert "rates of this machine in float32" in headinfer("doctor", "--probe").out
     assert "rates of this machine in float32" in headinfer("doctor").out
     assert json.loads(headinfer("doctor", "--json").out)["rates"]["weight_bytes_s"] == 1e10
+
+
+def test_doctor_measures_in_the_type_asked_for(
+    headinfer: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The type that `plan` names when it has no times."""
+    from headinfer.hf import probe
+    from headinfer.rates import Rates
+
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path))
+    asked: list[str] = []
+
+    def measure(device: Any, dtype: Any) -> Rates:
+        asked.append(str(dtype))
+        return Rates("this machine", "bfloat16", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
+
+    monkeypatch.setattr(probe, "measure", measure)
+    assert headinfer("doctor", "--probe", "--dtype", "bfloat16").status == 0
+    assert set(asked) == {"torch.bfloat16"}
+
+
+def test_a_plan_that_is_not_of_the_length_asked_for_says_so(headinfer: Program, tiny: str) -> None:
+    asked = ("plan", tiny, "--tokens", "100K", "--allow-beyond-positions", "--device", "cpu")
+    found = headinfer(*asked, "--host-memory", "8MiB")
+    assert found.status == 1
+    assert "102,400 tokens do not fit, as the error below says" in found.out
+    longest = found.out.split("the longest context that fits: ")[1].split(" tokens")[0]
+    again = (*asked[:3], longest.replace(",", ""), *asked[4:], "--host-memory", "8MiB")
+    assert headinfer(*again).status == 0, "the number is in the units it is typed in"

@@ -67,6 +67,16 @@ def test_loading_prints_nothing(gguf_file: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_shape_has_the_type_that_loading_takes(gguf_file: Path, device: str) -> None:
+    """On a CPU float32, elsewhere bfloat16; a plan in another type is of another run."""
+    config, weight_bytes, _ = load_shape(str(gguf_file), device=device)
+    expected = torch.float32 if device == "cpu" else torch.bfloat16
+    assert config.dtype == expected
+    model, _ = load_model(str(gguf_file), device="cpu")
+    assert weight_bytes == sum(w.numel() for w in model.parameters()) * expected.itemsize
+
+
 def test_the_shape_needs_no_weights(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", tmp_path)
     config, weight_bytes, _ = load_shape(str(tmp_path))

@@ -39,10 +39,13 @@ def examine(
     with working("comparing with the stock cache" if model else "looking around"):
         report = headinfer.doctor(loaded)
     if probe:
+        from headinfer.hf.load import element_type
         from headinfer.hf.probe import rates_for
 
+        told = None if model is not None or dtype in (None, "auto") else dtype
         with working("measuring this machine"):
-            report = replace(report, rates=rates_for(report.device, report.dtype, refresh=True))
+            kind = report.dtype if told is None else element_type(told)
+            report = replace(report, rates=rates_for(report.device, kind, refresh=True))
     measured = None
     if disk is not None:
         from headinfer.hf.disk_probe import measure_disk
@@ -105,12 +108,18 @@ def show_plan(
 ) -> None:
     """Print what a run would take, at this length and at shorter ones; loads no weights."""
     show_warnings()
+    from headinfer.hf.ahead import planned_device
     from headinfer.hf.forecast import contexts_up_to, forecast
     from headinfer.hf.load import load_shape
 
+    on_gpu = elsewhere.gpu is not None or memory.gpu_memory is not None
     with PreparationBar() as preparation:
         config, weight_bytes, weights = load_shape(
-            model, dtype, trust_remote_code=trust_remote_code, on_step=preparation
+            model,
+            dtype,
+            device=planned_device(device, on_gpu=on_gpu),
+            trust_remote_code=trust_remote_code,
+            on_step=preparation,
         )
     found = forecast(
         config,
@@ -143,10 +152,16 @@ def show_plan(
     if as_json:
         print_json({**plan.as_dict(), **found.as_dict()})
     else:
-        write_answer(f"{plan}\n\n{_table(found)}\n")
+        if found.refusal is not None:
+            write_answer(
+                f"{tokens:,} tokens do not fit, as the error below says; this is the plan of the "
+                "longest length listed that does\n"
+            )
+        write_answer(f"{plan}\n\n{_table(found, new_tokens)}\n")
     if found.rates is None and not as_json:
         print_note(
-            "no times: this machine was not measured yet; `headinfer doctor --probe` does it"
+            f"no times: this machine was not measured yet in {found.geometry.dtype}; `headinfer "
+            f"doctor --probe --dtype {found.geometry.dtype}` does it"
         )
     elif plan.disk_bytes and found.rates is not None and not found.rates.disk_read_bytes_s:
         print_note(
@@ -157,7 +172,7 @@ def show_plan(
         raise found.refusal
 
 
-def _table(found: Forecast) -> str:
+def _table(found: Forecast, new_tokens: int) -> str:
     """Lines of a table by context length."""
     header = (
         "tokens",
@@ -178,7 +193,10 @@ def _table(found: Forecast) -> str:
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     source = "" if found.rates is None else f"times from rates of {found.rates.machine}"
     longest = found.longest_tokens
-    reach = f"the longest context that fits: {longest:,} tokens" if longest is not None else ""
+    reach = ""
+    if longest is not None:
+        beside = f" and {new_tokens:,} new ones" if new_tokens else ""
+        reach = f"the longest context that fits: {max(longest - new_tokens, 0):,} tokens{beside}"
     return "\n".join([*lines, *filter(None, (source, reach))])
 
 

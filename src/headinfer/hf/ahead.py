@@ -53,15 +53,21 @@ def plan_for(
     return make_plan(geometry, record, device=device, batch=batch)
 
 
+def planned_device(device: str | None, *, on_gpu: bool) -> str:
+    """Where a run that has not started will compute: as told, else on the GPU if one is spoken of or
+    there."""
+    if device is not None:
+        return device
+    return "cuda" if on_gpu or torch.cuda.is_available() else "cpu"
+
+
 def resolved_for(record: Options, device: str | None, *, weight_bytes: int) -> tuple[str, Options]:
     """Where a run that has not started will compute, and its options with budgets filled in.
 
     Raises:
         BudgetTooSmall: host memory has no room for the weights of a model that computes there.
     """
-    if device is None:
-        wanted = record.budget.gpu_bytes is not None or torch.cuda.is_available()
-        device = "cuda" if wanted else "cpu"
+    device = planned_device(device, on_gpu=record.budget.gpu_bytes is not None)
     told = record.budget.host_bytes
     if device == "cpu" or torch.cuda.is_available() or record.budget.gpu_bytes is None:
         there = device if device == "cpu" or torch.cuda.is_available() else "cpu"

@@ -75,6 +75,7 @@ class Backing:
         length: tokens of the prompt and the most there may be, where `generate()` told.
         chunk: tokens that prompts are read in, where that was decided before the plan and not by
             the user; what is resident has to fit beside them.
+        simulated: keys are put in place without the forward passes that would have made them.
         one_device: every layer computes on the same device.
         wanted_bytes: host memory the longest answer would take, where only less is planned.
         plan: what was decided.
@@ -95,6 +96,7 @@ class Backing:
         self.engine = engine
         self.length: tuple[int, int] | None = None
         self.chunk: int | None = None
+        self.simulated = False
         self.one_device = False
         self.wanted_bytes = 0
         self.plan: Plan | None = None

@@ -183,7 +183,8 @@ class HeadLayer(CacheLayerMixin):
 
     def _warn_if_long(self, tokens: int) -> None:
         plan = self.backing.plan
-        if plan is None or tokens <= plan.chunk_tokens or self.backing in _warned:
+        known = self.backing in _warned or self.backing.simulated
+        if plan is None or tokens <= plan.chunk_tokens or known:
             return
         _warned.add(self.backing)
         _log.warning(

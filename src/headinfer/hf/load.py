@@ -111,10 +111,12 @@ def load_shape(
     source: str,
     dtype: str | None = None,
     *,
+    device: str = "cpu",
     trust_remote_code: bool = False,
     on_step: OnStep | None = None,
 ) -> ModelShape:
-    """The model's config, with `dtype` in it if one is given, and the bytes of its weights.
+    """The model's config, with the element type it would be loaded in on `device`, and the bytes of its
+    weights.
 
     No weight is read: the model is built on torch's meta device, and weights that the config says
     are quantised are counted as they are stored.
@@ -133,7 +135,7 @@ def load_shape(
     with quiet_transformers(keep_bars=not found.local), _explained(found):
         arguments = found.arguments(trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(found.path, **arguments)
-        chosen = _dtype(dtype, found, torch.device("cpu" if dtype else "cuda"))
+        chosen = _dtype(dtype, found, torch.device(device))
         if chosen != "auto":
             config.dtype = chosen
         stored = quantization_of(config)
@@ -306,13 +308,24 @@ def _device(device: str | None) -> Any:
 def _dtype(dtype: str | None, found: Source, place: Any) -> Any:
     import torch
 
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if dtype is None or dtype == "auto":
         on_cpu = place.type == "cpu"
         if found.gguf_file is not None:
             return torch.float32 if on_cpu else torch.bfloat16
         return torch.float32 if found.name == "demo" and on_cpu and dtype is None else "auto"
+    return element_type(dtype)
+
+
+def element_type(dtype: str) -> Any:
+    """torch's type of one of `DTYPES` other than "auto".
+
+    Raises:
+        InputError: it is none of them.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     return getattr(torch, dtype)
 
 

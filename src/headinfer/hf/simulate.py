@@ -36,6 +36,16 @@ def simulate_context(model: PreTrainedModel, cache: HeadCache, tokens: int) -> H
         )
     one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     model(input_ids=one, use_cache=True, **cache_argument(model, cache))
+    cache.backing.simulated = True
+    try:
+        _fill(cache, tokens)
+    finally:
+        cache.backing.simulated = False
+    return cache
+
+
+def _fill(cache: HeadCache, tokens: int) -> None:
+    """All tokens but the first, which is there."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     blocks: dict[tuple[object, ...], Tensor] = {}
     for index, layer in enumerate(cache.layers):
@@ -51,7 +61,6 @@ def simulate_context(model: PreTrainedModel, cache: HeadCache, tokens: int) -> H
             cache.update(k, v, index)
         if hasattr(layer, "cumulative_length") and isinstance(layer.cumulative_length, int):
             layer.cumulative_length = tokens
-    return cache
 
 
 def _block(

@@ -38,6 +38,12 @@ def require(flags: str, tmp_path: Path) -> None:
         pytest.skip(f"{COMPILER} makes no programs that run with {flags}: {built.stderr.strip()}")
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the library's sources are compiled once for both drivers, by flags."""
+    return tmp_path_factory.mktemp("objects")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "arguments"),
@@ -51,7 +57,7 @@ def require(flags: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("driver", ["driver", "packed_driver"])
 def test_the_kernel_is_clean_and_right(
-    flags: str, arguments: list[str], driver: str, tmp_path: Path
+    flags: str, arguments: list[str], driver: str, tmp_path: Path, objects: Path
 ) -> None:
     require(flags, tmp_path)
     program = tmp_path / "driver"
@@ -59,6 +65,7 @@ def test_the_kernel_is_clean_and_right(
         [str(ROOT / "scripts" / "build_native"), str(program)],
         CXX=str(COMPILER),
         CXXFLAGS=f"{flags} {WARNINGS}",
+        HEADINFER_OBJECTS=str(objects / "".join(filter(str.isalnum, flags))),
         HEADINFER_MAIN=str(ROOT / "tests" / "native" / f"{driver}.cpp"),
     )
     assert built.returncode == 0, built.stderr

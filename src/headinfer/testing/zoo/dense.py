@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headinfer.testing.zoo.record import VOCAB_SIZE, entry
+from headinfer.testing.zoo.record import GPTJ_SIZES, VOCAB_SIZE, entry
 
 DENSE = (
     entry("llama", "LlamaForCausalLM", 2, num_attention_heads=8, head_dim=10),
@@ -37,11 +37,7 @@ DENSE = (
         "CodeGenForCausalLM",
         2,
         since="5.24",
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        rotary_dim=4,
+        **GPTJ_SIZES,
     ),
     entry("cohere", "CohereForCausalLM", 2, use_qk_norm=True),
     entry("ernie4_5", "Ernie4_5ForCausalLM", 2, head_dim=16),
@@ -56,11 +52,7 @@ DENSE = (
         "GPTJForCausalLM",
         2,
         since="5.24",
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        rotary_dim=4,
+        **GPTJ_SIZES,
     ),
     entry("granite", "GraniteForCausalLM", 2, attention_multiplier=0.3, residual_multiplier=0.7),
     entry("helium", "HeliumForCausalLM", 2, head_dim=8),

@@ -32,6 +32,14 @@ TINY: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+GPTJ_SIZES: Mapping[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "rotary_dim": 4,
+}
+"""What GPT-J and its descendants call the sizes of `TINY`."""
 BIAS_NOISE = 0.1
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headinfer.testing.zoo.record import refused
+from headinfer.testing.zoo.record import GPTJ_SIZES, refused
 
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 12,
@@ -38,11 +38,7 @@ REFUSALS = (
         _OWN_MATH,
         materializes=True,
         until="5.24",
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        rotary_dim=4,
+        **GPTJ_SIZES,
     ),
     refused(
         "deepseek_v32",
@@ -106,11 +102,7 @@ REFUSALS = (
         _TABLE,
         materializes=True,
         until="5.24",
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=512,
-        rotary_dim=4,
+        **GPTJ_SIZES,
     ),
     refused(
         "jetmoe",

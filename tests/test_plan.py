@@ -135,10 +135,16 @@ def test_residents_have_a_limit_within_the_budget_at_any_length(tokens):
     assert others + plan.resident_bytes <= 24 * GIB + MIB
 
 
-def test_residents_are_spread_evenly():
-    plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=131072), device="cuda")
+@pytest.mark.parametrize("tokens", [65_536, 131_072, 500_000])
+def test_whole_layers_are_resident_and_spread_over_the_depth(tokens):
+    plan = make_plan(llama3_8b(), options(24 * GIB, expected_tokens=tokens), device="cuda")
     assert 0 < plan.offloaded_heads < 256
-    assert max(plan.resident_heads) - min(plan.resident_heads) <= 1
+    assert sum(0 < heads < 8 for heads in plan.resident_heads) <= 1
+    whole = [index for index, heads in enumerate(plan.resident_heads) if heads == 8]
+    for half in (range(16), range(16, 32)):
+        assert abs(sum(index in half for index in whole) - len(whole) / 2) <= 1
+    room = 24 * GIB - plan.gpu_bytes  # not even one more head
+    assert room < plan.gpu_parts["resident heads"] / sum(plan.resident_heads)
 
 
 def test_a_million_tokens_of_an_8b_model_need_122_gib_of_host_memory():

@@ -357,7 +357,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
 
 
 def _with_residents(plan: Plan, options: Options) -> Plan:
-    """Keep as many heads on the GPU as the budget has room for, spread evenly over layers."""
+    """Keep as many heads on the GPU as the budget has room for."""
     geometry, tokens, budget = plan.geometry, plan.expected_tokens, plan.budget.gpu_bytes
     wanted = options.resident_heads
     most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
@@ -368,30 +368,52 @@ def _with_residents(plan: Plan, options: Options) -> Plan:
     if tokens is None:
         return _optimistic_plan(plan, residents_of(geometry, most if wanted is None else wanted))
     room = budget - plan.gpu_bytes
-    residents, size = residents_of(geometry, 0), 0
-    for step in range(1, (most if wanted is None else min(wanted, most)) + 1):
-        for index, layer in enumerate(geometry.layers):
-            more = list(residents)
-            more[index] = min(step, offloadable_heads(layer))
-            larger = bytes_of_residents(geometry, tuple(more), tokens, plan.batch)
-            if larger > room:
-                if wanted is not None:
-                    whole = bytes_of_residents(
-                        geometry, residents_of(geometry, wanted), tokens, plan.batch
-                    )
-                    raise BudgetTooSmall(
-                        f"resident_heads={wanted} needs {format_bytes(whole)} for {tokens:,} "
-                        f"tokens beside {format_bytes(plan.gpu_bytes)}; the GPU budget is "
-                        f"{format_bytes(budget)}. Raise gpu_memory to "
-                        f"{plan.gpu_bytes + whole} bytes "
-                        f"({format_bytes(plan.gpu_bytes + whole)}), or leave resident_heads out",
-                        tier="gpu",
-                        budget_bytes=budget,
-                        needed_bytes=plan.gpu_bytes + whole,
-                    )
-                return _resident_plan(plan, residents, size)
-            residents, size = tuple(more), larger
+    if wanted is None:
+        residents = _that_fit(geometry, tokens, plan.batch, room)
+    else:
+        residents = residents_of(geometry, min(wanted, most))
+    size = bytes_of_residents(geometry, residents, tokens, plan.batch)
+    if size > room:
+        raise BudgetTooSmall(
+            f"resident_heads={wanted} needs {format_bytes(size)} for {tokens:,} "
+            f"tokens beside {format_bytes(plan.gpu_bytes)}; the GPU budget is "
+            f"{format_bytes(budget)}. Raise gpu_memory to "
+            f"{plan.gpu_bytes + size} bytes "
+            f"({format_bytes(plan.gpu_bytes + size)}), or leave resident_heads out",
+            tier="gpu",
+            budget_bytes=budget,
+            needed_bytes=plan.gpu_bytes + size,
+        )
     return _resident_plan(plan, residents, size)
+
+
+def _that_fit(geometry: Geometry, tokens: int, batch: int, room: int) -> tuple[int, ...]:
+    """Per layer, the KV heads that fit `room` bytes: whole layers, spread over the depth, and of one
+    more layer what is left room for.
+
+    A layer of which one head streams costs the host as much as one of which all do, and one head
+    cannot be shared between CPU and link. Between layers that stream lie resident ones, during which
+    the ring fills.
+    """
+    residents = list(residents_of(geometry, 0))
+    for index in _spread_out(len(residents)):
+        for heads in range(offloadable_heads(geometry.layers[index]), 0, -1):
+            more = [*residents[:index], heads, *residents[index + 1 :]]
+            if bytes_of_residents(geometry, tuple(more), tokens, batch) <= room:
+                break
+        else:
+            heads = 0
+        residents[index] = heads
+        if heads < offloadable_heads(geometry.layers[index]):
+            break
+    return tuple(residents)
+
+
+def _spread_out(count: int) -> list[int]:
+    """0 to count - 1 in an order whose every beginning is spread evenly: by their bits reversed, the
+    sequence of van der Corput."""
+    bits = max(count - 1, 1).bit_length()
+    return sorted(range(count), key=lambda index: int(f"{index:0{bits}b}"[::-1], 2))
 
 
 def _optimistic_plan(plan: Plan, residents: tuple[int, ...]) -> Plan:

@@ -36,7 +36,7 @@ from headinfer.near import host_query
 from headinfer.provision import Provision
 from headinfer.spill import DiskEngine, queue_for
 from headinfer.tiers.disk import QueueFactory
-from headinfer.totals import Query, Total
+from headinfer.totals import Query, Total, heads_apart
 from headinfer.transfer import Copy, Ticket, TransferEngine
 
 NEAR_BYTES = 8 * 2**20
@@ -210,15 +210,17 @@ class Runner:
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
-        call = _Call(layer, length, query, q, out)
+        apart = heads_apart(query, layer.shape.num_kv_heads, self.settings.attention)
+        call = _Call(layer, length, query, q, out, apart)
         if layer.offloaded:
             self._foresee(call)
         for heads in layer.ranges:
             if not isinstance(heads, OffloadedHeads):
-                total = self._total(call, heads.heads, collect=False)
-                for piece in heads.pieces(length):
-                    total.add(piece)
-                total.finish(out)
+                for group in call.groups(heads.heads):
+                    total = self._total(call, group, collect=False)
+                    for piece in heads.pieces(length):
+                        total.add(of_group(piece, heads.heads, group))
+                    total.finish(out)
             else:
                 self._attend_offloaded(call, heads)
         return out
@@ -273,9 +275,11 @@ class Runner:
         link, wanted = self._links[call.layer.device], call.wanted
         while wanted and wanted[0].group.stop <= heads.heads.stop:
             group = wanted[0].group
-            total = self._total(call, group, collect=recent is None)
-            for piece in recent or ():
-                total.add(of_group(piece, heads.heads, group))
+            groups = [group] if recent is None else call.groups(group)
+            totals = [self._total(call, part, collect=recent is None) for part in groups]
+            for part, total in zip(groups, totals, strict=True):
+                for piece in recent or ():
+                    total.add(of_group(piece, heads.heads, part))
             while wanted and wanted[0].group == group:
                 tile = wanted.popleft()
                 if link.ring.upcoming != tile:
@@ -283,9 +287,11 @@ class Runner:
                     link.schedule.restart(wanted)
                 slot = link.ring.take(tile)
                 link.ring.prefetch(link.schedule.next_tile)  # load next
-                total.add(heads.unpack(tile, slot))  # attend this
+                unpacked = heads.unpack(tile, slot)
+                for part, total in zip(groups, totals, strict=True):
+                    total.add(of_group(unpacked, group, part))  # attend this
                 link.ring.give_back()
-            yield total
+            yield from totals
 
     def _total(self, call: _Call, group: HeadGroup, *, collect: bool) -> Total:
         heads = call.query_heads(group)
@@ -580,9 +586,16 @@ class _Call:
     query: Query
     q: Tensor
     out: Tensor
+    apart: bool = False
     near: Query | None = None
     below: dict[HeadGroup, HeadGroup] = field(default_factory=dict)
     wanted: deque[Tile] = field(default_factory=deque)
+
+    def groups(self, heads: HeadGroup) -> list[HeadGroup]:
+        """The parts of `heads` that are attended together."""
+        if not self.apart:
+            return [heads]
+        return [HeadGroup(head, head + 1) for head in range(heads.start, heads.stop)]
 
     def query_heads(self, group: HeadGroup) -> tuple[int, int]:
         per_kv = self.q.shape[1] // self.layer.shape.num_kv_heads

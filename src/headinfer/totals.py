@@ -18,10 +18,12 @@ from headinfer.attention.api import (
     AUTO,
     SHORT_QUERY_TOKENS,
     attend,
+    built_per_shape,
     choose,
     grows_with_keys,
     spec_of,
 )
+from headinfer.attention.few_shapes import ALONE_ROWS, key_spans
 from headinfer.attention.masks import Block, MaskRecipe
 from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
 from headinfer.attention.types import AttentionSpec, Partial, Window
@@ -73,6 +75,29 @@ def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def heads_apart(query: Query, kv_heads: int, impl: str) -> bool:
+    """Whether every KV head is better attended in a call of its own: calls over different numbers of
+    heads would be as many shapes, and one head's rows fill the device."""
+    per_kv = query.q.shape[1] // kv_heads
+    if query.q.device.type != "cuda" or query.expand is not None:
+        return False
+    if per_kv * query.q.shape[2] < ALONE_ROWS:
+        return False
+    spec = AttentionSpec(
+        device=query.q.device.type,
+        dtype=query.q.dtype,
+        key_dim=query.q.shape[-1],
+        value_dim=query.value_dim,
+        q_per_kv=per_kv,
+        query_tokens=SHORT_QUERY_TOKENS,
+        causal=False,
+        biased=False,
+        softcap=query.softcap is not None,
+        gradient=torch.is_grad_enabled() and query.q.requires_grad,
+    )
+    return built_per_shape(spec, impl)
+
+
 class Total:
     """Partials of some query heads, merged as they come or, when small, all at the end."""
 
@@ -112,19 +137,42 @@ class Total:
 
     def _add_block(self, piece: Piece, block: Block) -> None:
         start, stop = block.keys[0] - piece.start, block.keys[1] - piece.start
-        step = stop - start
-        if not block.causal and (self._query.expand is not None or self._grows(piece, block)):
-            step = min(step, self._expand_tokens(piece))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
+        for first, last in self._spans(piece, block, start, stop):
             bias = block.bias
-            if bias is not None and step < stop - start:
+            if bias is not None and last - first < stop - start:
                 bias = bias[..., first - start : last - start]
             k, v = piece.k[:, :, first:last], piece.v[:, :, first:last]
             window = block.window
             if window is not None:
                 window = window._replace(offset=window.offset - (first - start))
             self._add(block.rows, k, v, block.causal, bias, window)
+
+    def _spans(
+        self, piece: Piece, block: Block, start: int, stop: int
+    ) -> Sequence[tuple[int, int]]:
+        """Where the keys [start, stop) of `piece` are cut, for the sake of memory or of few shapes."""
+        if block.causal:
+            return [(start, stop)]
+        if self._query.expand is not None or self._grows(piece, block):
+            step = min(stop - start, self._expand_tokens(piece))
+            return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+        rows = block.rows[1] - block.rows[0]
+        if rows < SHORT_QUERY_TOKENS or not self._built_per_shape(piece.k, piece.v, block):
+            return [(start, stop)]
+        cut = key_spans(piece.k[:, :, start:stop], rows)
+        return [(start + first, start + last) for first, last in cut]
+
+    def _built_per_shape(self, k: Tensor, v: Tensor, block: Block) -> bool:
+        """Whether what attends k, v is built anew for every shape."""
+        spec = spec_of(
+            self._q,
+            k,
+            v,
+            biased=block.bias is not None,
+            softcap=self._query.softcap is not None,
+            windowed=block.window is not None,
+        )
+        return built_per_shape(spec, self._impl)
 
     def _add_packed(self, piece: PackedPiece, block: Block) -> None:
         """Like `_add_block`; decoded first unless the native kernel reads it as it lies."""

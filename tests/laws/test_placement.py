@@ -207,6 +207,24 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_calls_cut_into_few_shapes_give_the_same_answer(device, placement, batch, monkeypatch):
+    """What is done for kernels that are built for every shape, with any kernel: every KV head in
+    calls of its own, over spans of a power of two chunks."""
+    monkeypatch.setattr("headinfer.runner.heads_apart", lambda *_: True)
+    monkeypatch.setattr("headinfer.runner.TOGETHER_BYTES", 0)
+    monkeypatch.setattr("headinfer.totals.built_per_shape", lambda *_: True)
+    driver = Driver(make_runner(device, placement=placement, slot_bytes=2**15), device, heads=3)
+    for _ in range(8):
+        driver.forward(64, batch)
+    driver.forward(1, batch)
+    driver.forward(100, batch)
+    driver.finish()
+    driver.runner.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "placement", ["staged", "near half", "host and disk", "spilling", "near and disk"]
 )

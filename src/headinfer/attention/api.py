@@ -102,6 +102,11 @@ def grows_with_keys(spec: AttentionSpec, impl: str = AUTO) -> bool:
     return choose(spec, impl).name == ReferenceAttention.name
 
 
+def built_per_shape(spec: AttentionSpec, impl: str = AUTO) -> bool:
+    """Whether the implementation that runs `spec` is built anew for every shape; see `few_shapes`."""
+    return choose(spec, impl).name == CudnnAttention.name
+
+
 @lru_cache(maxsize=256)
 def choose(spec: AttentionSpec, impl: str = AUTO) -> AttentionImpl:
     """The implementation that runs `spec`.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from headinfer.attention.few_shapes import of_one_stride
 from headinfer.attention.types import AttentionSpec, Partial, Window
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -79,7 +80,7 @@ class FlashAttention:
 
 
 class CudnnAttention:
-    """cuDNN's kernel: the fastest for long queries on Hopper and later."""
+    """cuDNN's kernel: the fastest for long queries on Hopper and later; see `few_shapes`."""
 
     name = "cudnn"
 
@@ -108,7 +109,7 @@ class CudnnAttention:
     ) -> Partial:
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Partial:
             result = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                q, k, v, None, True, 0.0, causal, False, scale=scale
+                q, of_one_stride(k), of_one_stride(v), None, True, 0.0, causal, False, scale=scale
             )
             return Partial(result[0], result[1].view(q.shape[:3]))
 

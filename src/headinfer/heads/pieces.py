@@ -50,5 +50,8 @@ def clip(piece: Piece, length: int) -> Piece:
 
 
 def of_group(piece: Piece, heads: HeadGroup, group: HeadGroup) -> Piece:
+    """What `piece`, of `heads`, has of `group`."""
+    if group == heads:
+        return piece
     mine = slice(group.start - heads.start, group.stop - heads.start)
     return Piece(piece.start, piece.k[:, mine], piece.v[:, mine])

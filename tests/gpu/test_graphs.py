@@ -37,7 +37,7 @@ def test_replayed_steps_give_the_same_tokens(name, residents, near):
         assert run.graphs.replayed > 0 or run.graphs.refused or name in {"gemma3", "gpt2"}
         if name in {"llama", "qwen3"}:
             assert run.graphs.refused == ""
-            assert run.graphs.replayed >= NEW - 3
+            assert run.graphs.replayed >= NEW - 4
         assert torch.equal(generate(model, ids), expected)
 
 

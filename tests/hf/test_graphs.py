@@ -49,7 +49,7 @@ def test_replayed_steps_give_the_same_tokens(
         assert graphs.replayed == 0
     else:
         assert graphs.refused == ""
-        assert graphs.replayed >= NEW - 1 - 2  # all but one recorded and one checked
+        assert graphs.replayed >= NEW - 1 - 3  # all but the first, one recorded and one checked
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -173,8 +173,9 @@ def test_what_is_not_a_plain_decode_step_is_not_replayed(llama: Any, ids: Any) -
         llama(input_ids=tokens[:, :1], **cache_argument(llama, cache))
         assert not run.graphs._steps
         with torch.no_grad():
-            llama(input_ids=tokens[:, :1], **cache_argument(llama, cache))
-        assert len(run.graphs._steps) == 1
+            for recorded in (0, 1):  # the first of a shape may be the only one
+                llama(input_ids=tokens[:, :1], **cache_argument(llama, cache))
+                assert len(run.graphs._steps) == recorded
 
 
 def test_a_recording_keeps_no_cache(llama: Any, ids: Any, options: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 
 A decode step of a stock model is limited by launching some fifty kernels a layer, not by what they
 do. Between two attention calls nothing depends on the context, so these pieces are recorded once
-per shape (as CUDA graphs) and replayed; stores and attention run as always. The step after the
-recording runs both ways and must agree, which finds whatever the model's code derives from
+per shape (as CUDA graphs) and replayed; stores and attention run as always. The first step of a shape
+runs as ever: nobody waits longer for it, and it may be the only one. The step after the recording
+runs both ways and must agree, which finds whatever the model's code derives from
 positions in Python; a model that cannot be recorded or does not agree goes on as before.
 """
 
@@ -66,6 +67,7 @@ class StepGraphs:
         self._forward = model.forward
         self._recorder = recorder
         self._steps: dict[tuple[Any, ...], _Recorded] = {}
+        self._seen: set[tuple[Any, ...]] = set()
         self._names = set(inspect.signature(model.forward).parameters)
         self._modules = tuple(model.modules())
         self._recorded_from = _state_of(model)
@@ -93,7 +95,8 @@ class StepGraphs:
         try:
             found = self._steps.get(key)
             if found is None:
-                if len(self._steps) >= MOST_SHAPES:
+                if len(self._steps) >= MOST_SHAPES or key not in self._seen:
+                    self._seen.add(key)
                     return self._forward(*args, **kwargs)
                 return self._record(key, kwargs, given, recipe, length)
             if not found.checked:
@@ -155,6 +158,7 @@ class StepGraphs:
             self._recorded_from = state
             self._modules = tuple(self._model.modules())
             self._steps.clear()
+            self._seen.clear()
             self.refused = _why_not(self._model, ours=self)
 
     def _record(

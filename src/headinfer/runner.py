@@ -210,7 +210,10 @@ class Runner:
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
-        apart = heads_apart(query, layer.shape.num_kv_heads, self.settings.attention)
+        # Where nothing came before there is but one shape: all heads over a square.
+        apart = length > rows and heads_apart(
+            query, layer.shape.num_kv_heads, self.settings.attention
+        )
         call = _Call(layer, length, query, q, out, apart)
         if layer.offloaded:
             self._foresee(call)

@@ -111,6 +111,7 @@ def measure(model: LlamaForCausalLM, tokens: int, new: int, **options: Any) -> d
             **stats,
         }
         if run.cache is not None:
+            row["host_memory"] = run.cache.backing.runner.host_memory._asdict()
             run.cache.close()
     return row
 

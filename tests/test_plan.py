@@ -396,3 +396,39 @@ def test_a_measured_machine_decides_the_first_share_and_the_threads_of_the_cpu()
     assert (
         make_plan(llama3_8b(0), replace(asked, budget=options().budget), device="cpu").threads == 8
     )
+
+
+def test_sizes_that_look_alike_are_told_apart():
+    needed = make_plan(
+        llama3_8b(), options(host=None, expected_tokens=10_000), device="cpu"
+    ).host_bytes
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(llama3_8b(), options(host=needed - 1, expected_tokens=10_000), device="cpu")
+    assert f"need {needed:,} B of host memory; the host budget is {needed - 1:,} B" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("host", [1000, MIB, 60 * MIB, 600 * MIB, 2 * GIB])
+def test_every_remedy_of_a_small_host_budget_works(device, host, tmp_path):
+    gpu = 18 * GIB if device == "cuda" else None
+    how = {"expected_tokens": 100_000, "kv_format": "exact"}
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(
+            llama3_8b(), options(gpu, host, resident_heads=0 if gpu else None, **how), device=device
+        )
+    message = str(caught.value)
+    assert "to 1 tokens" not in message
+    shorter = re.search(r"shorten the context to ([\d,]+) tokens", message)
+    if shorter:
+        tokens = int(shorter[1].replace(",", ""))
+        how["expected_tokens"] = tokens
+        make_plan(llama3_8b(), options(gpu, host, **how), device=device)
+        how["expected_tokens"] = 100_000
+    on_disk = options(gpu, host, **how, disk=str(tmp_path))
+    if "disk=FOLDER" in message:
+        assert make_plan(llama3_8b(), on_disk, device=device).disk_bytes
+    else:
+        with pytest.raises(BudgetTooSmall):
+            make_plan(llama3_8b(), on_disk, device=device)

@@ -93,3 +93,9 @@ def format_bytes(count: int) -> str:
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count} B"
+
+
+def format_apart(one: int, other: int) -> tuple[str, str]:
+    """Two sizes as people read them, in bytes where they would look the same and are not."""
+    found = format_bytes(one), format_bytes(other)
+    return found if found[0] != found[1] or one == other else (f"{one:,} B", f"{other:,} B")

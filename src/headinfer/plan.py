@@ -19,35 +19,33 @@ from headinfer.footprint import (
     SLACK_SHARE,
     WORKSPACE_BYTES,
     activation_bytes,
-    bytes_of_residents,
-    offloadable_heads,
     residents_of,
     slots_of,
     unpacked_bytes,
     write_buffer_bytes,
 )
 from headinfer.geometry import EXACT, LOSSLESS, Geometry
-from headinfer.layout import ALIGNMENT, BLOCK_TOKENS
+from headinfer.layout import BLOCK_TOKENS
 from headinfer.options import Options
 from headinfer.packing import (
-    overflow_bytes,
     packs,
     ratio_of,
     ring_slot_bytes,
     why_plain,
 )
+from headinfer.refusal import LEAST_CHUNK_TOKENS, gpu_too_small, host_too_small
+from headinfer.residency import with_residents
 from headinfer.spread import (
     buffers_beside_gpu,
     check_page_locked,
+    host_bytes,
     kept_beside_gpu,
     plan_on_cpu,
-    stored_bytes,
     with_spill,
 )
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
-LEAST_CHUNK_TOKENS = BLOCK_TOKENS
 NEAR_SHARE = 0.6
 """Of the offloaded heads, what the CPU attends at first where no rates were measured: an AVX-512 kernel on 16 threads read
 108 GB/s where PCIe 5 brought 53."""
@@ -216,14 +214,18 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
     chunk = options.chunk_tokens or max(GPU_CHUNK_TOKENS, roomy(hiding_tokens(geometry, options)))
     if options.expected_tokens is not None and options.chunk_tokens is None:
         chunk = min(chunk, max(-(-options.expected_tokens // BLOCK_TOKENS), 1) * BLOCK_TOKENS)
+
+    def with_chunk(tokens: int) -> Plan:
+        return _streaming_plan(geometry, options, batch, tokens)
+
     fitting: list[Plan] = []
     refused: BudgetTooSmall | None = None
     for length in _chunks_to_try(chunk, options, batch):
-        plan = _streaming_plan(geometry, options, batch, length)
+        plan = with_chunk(length)
         try:
             if budget is not None and plan.gpu_bytes > budget:
-                raise _gpu_too_small(geometry, options, batch, plan, budget)
-            fitting.append(_with_host(_with_residents(plan, options)))
+                raise gpu_too_small(plan, options, budget, with_chunk)
+            fitting.append(_with_host(with_residents(plan, options)))
         except BudgetTooSmall as error:
             # Of the GPU's the last names the least that works, and says nothing once it has room.
             refused = error if refused is None or refused.tier == "gpu" else refused
@@ -253,7 +255,7 @@ def _longer(plan: Plan, options: Options) -> Iterator[Plan]:
         if budget is not None and longer.gpu_bytes > budget:
             return
         try:
-            yield _with_host(_with_residents(longer, options))
+            yield _with_host(with_residents(longer, options))
         except BudgetTooSmall:  # no room for resident_heads, or fewer heads leave too much to disk
             return
 
@@ -356,104 +358,6 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
     )
 
 
-def _with_residents(plan: Plan, options: Options) -> Plan:
-    """Keep as many heads on the GPU as the budget has room for."""
-    geometry, tokens, budget = plan.geometry, plan.expected_tokens, plan.budget.gpu_bytes
-    wanted = options.resident_heads
-    most = max((layer.num_kv_heads for layer in geometry.full_layers), default=0)
-    if budget is None:
-        residents = residents_of(geometry, most if wanted is None else wanted)
-        size = bytes_of_residents(geometry, residents, tokens or 0, plan.batch)
-        return _resident_plan(plan, residents, size)
-    if tokens is None:
-        return _optimistic_plan(plan, residents_of(geometry, most if wanted is None else wanted))
-    room = budget - plan.gpu_bytes
-    if wanted is None:
-        residents = _that_fit(geometry, tokens, plan.batch, room)
-    else:
-        residents = residents_of(geometry, min(wanted, most))
-    size = bytes_of_residents(geometry, residents, tokens, plan.batch)
-    if size > room:
-        raise BudgetTooSmall(
-            f"resident_heads={wanted} needs {format_bytes(size)} for {tokens:,} "
-            f"tokens beside {format_bytes(plan.gpu_bytes)}; the GPU budget is "
-            f"{format_bytes(budget)}. Raise gpu_memory to "
-            f"{plan.gpu_bytes + size} bytes "
-            f"({format_bytes(plan.gpu_bytes + size)}), or leave resident_heads out",
-            tier="gpu",
-            budget_bytes=budget,
-            needed_bytes=plan.gpu_bytes + size,
-        )
-    return _resident_plan(plan, residents, size)
-
-
-def _that_fit(geometry: Geometry, tokens: int, batch: int, room: int) -> tuple[int, ...]:
-    """Per layer, the KV heads that fit `room` bytes: whole layers, spread over the depth, and of one
-    more layer what is left room for.
-
-    A layer of which one head streams costs the host as much as one of which all do, and one head
-    cannot be shared between CPU and link. Between layers that stream lie resident ones, during which
-    the ring fills.
-    """
-    residents = list(residents_of(geometry, 0))
-    for index in _spread_out(len(residents)):
-        for heads in range(offloadable_heads(geometry.layers[index]), 0, -1):
-            more = [*residents[:index], heads, *residents[index + 1 :]]
-            if bytes_of_residents(geometry, tuple(more), tokens, batch) <= room:
-                break
-        else:
-            heads = 0
-        residents[index] = heads
-        if heads < offloadable_heads(geometry.layers[index]):
-            break
-    return tuple(residents)
-
-
-def _spread_out(count: int) -> list[int]:
-    """0 to count - 1 in an order whose every beginning is spread evenly: by their bits reversed, the
-    sequence of van der Corput."""
-    bits = max(count - 1, 1).bit_length()
-    return sorted(range(count), key=lambda index: int(f"{index:0{bits}b}"[::-1], 2))
-
-
-def _optimistic_plan(plan: Plan, residents: tuple[int, ...]) -> Plan:
-    """The length is not known: start on the GPU, and leave it layer by layer when it is full."""
-    room = max((plan.budget.gpu_bytes or 0) - plan.gpu_bytes, 0)
-    if not room or not any(residents):
-        return replace(plan, resident_bytes=0)
-    reason = (
-        f"the length is not known: {sum(residents)} KV heads start on the GPU, and layers move to "
-        f"host memory once {format_bytes(room)} are used"
-    )
-    return replace(
-        plan,
-        resident_heads=residents,
-        resident_bytes=room,
-        gpu_parts={**plan.gpu_parts, "resident heads, at most": room},
-        reasons=(*plan.reasons, reason),
-    )
-
-
-def _resident_plan(plan: Plan, residents: tuple[int, ...], size: int) -> Plan:
-    total = sum(layer.num_kv_heads for layer in plan.geometry.full_layers)
-    reason = f"{sum(residents)} of {total} KV heads stay on the GPU: {format_bytes(size)}"
-    parts = dict(plan.gpu_parts)
-    if size:
-        parts["resident heads"] = size
-    limit = None
-    if plan.budget.gpu_bytes is not None:
-        # Longer than planned, they may grow to the budget; keys and values are aligned per layer.
-        padding = 2 * ALIGNMENT * len(plan.geometry.layers)
-        limit = max(plan.budget.gpu_bytes - plan.gpu_bytes, size) + padding
-    return replace(
-        plan,
-        resident_heads=residents,
-        resident_bytes=limit,
-        gpu_parts=parts,
-        reasons=(*plan.reasons, reason),
-    )
-
-
 def _with_host(plan: Plan) -> Plan:
     """Count what goes to host memory and check it against the budget."""
     tokens = plan.expected_tokens
@@ -461,64 +365,10 @@ def _with_host(plan: Plan) -> Plan:
         kept = kept_beside_gpu(plan)
         check_page_locked(plan, kept)
         return replace(plan, kept_bytes=kept)
-    size = _host_bytes(plan, tokens)
+    size = host_bytes(plan, tokens)
     if plan.disk is not None:
         return with_spill(plan, size)
     budget = plan.budget.host_bytes
     if budget is not None and size > budget:
-        raise _host_too_small(plan, tokens, size, budget)
+        raise host_too_small(plan, tokens, size, budget)
     return replace(plan, host_bytes=size)
-
-
-def _host_bytes(plan: Plan, tokens: int) -> int:
-    """Host memory of the heads that are not resident, over `tokens` tokens."""
-    geometry, in_place = plan.geometry, not plan.staging
-    size = stored_bytes(plan, tokens)
-    if size and packs(geometry, plan.kv_format):
-        chunk = min(plan.chunk_tokens, tokens)
-        size += overflow_bytes(geometry, batch=plan.batch, chunk_tokens=chunk, in_place=in_place)
-    return size
-
-
-def _host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetTooSmall:
-    shorter = int(tokens * budget / size)
-    # Rounding to blocks and alignment may be in the way of the last few tokens.
-    while shorter > 0 and _host_bytes(plan, shorter) > budget:
-        shorter -= max(shorter // 100, 1)
-    remedy = f", shorten the context to {shorter:,} tokens" if shorter else ""
-    return BudgetTooSmall(
-        f"{plan.geometry.name} at {tokens:,} tokens does not fit: its keys and values need "
-        f"{format_bytes(size)} of host memory; the host budget is {format_bytes(budget)}. "
-        f"Raise host_memory to {size} bytes ({format_bytes(size)}){remedy}, or let what does not "
-        "fit lie on a fast disk with disk=FOLDER",
-        tier="host",
-        budget_bytes=budget,
-        needed_bytes=size,
-    )
-
-
-def _gpu_too_small(
-    geometry: Geometry, options: Options, batch: int, plan: Plan, budget: int
-) -> BudgetTooSmall:
-    least = _streaming_plan(geometry, options, batch, LEAST_CHUNK_TOKENS)
-    parts = " + ".join(f"{format_bytes(size)} {name}" for name, size in plan.gpu_parts.items())
-    remedy = f"Raise gpu_memory to {plan.gpu_bytes} bytes ({format_bytes(plan.gpu_bytes)})"
-    needed = plan.gpu_bytes
-    if options.chunk_tokens is not None and least.gpu_bytes <= budget:
-        chunk = options.chunk_tokens
-        while _streaming_plan(geometry, options, batch, chunk).gpu_bytes > budget:
-            chunk = max(chunk * 3 // 4, LEAST_CHUNK_TOKENS)
-        remedy = f"Lower chunk_tokens to {chunk:,} or less, or raise gpu_memory to {needed} bytes"
-    elif 0 < geometry.weight_bytes - (least.gpu_bytes - budget) < geometry.weight_bytes:
-        room = geometry.weight_bytes - (least.gpu_bytes - budget)
-        remedy += (
-            f", or load weights that take at most {room} bytes on the GPU ({format_bytes(room)}): "
-            "quantised, or some of them in host memory (device_map='auto')"
-        )
-    return BudgetTooSmall(
-        f"{geometry.name} does not fit: {parts} = {format_bytes(plan.gpu_bytes)} with "
-        f"chunk_tokens={plan.chunk_tokens:,}; the GPU budget is {format_bytes(budget)}. {remedy}.",
-        tier="gpu",
-        budget_bytes=budget,
-        needed_bytes=needed,
-    )

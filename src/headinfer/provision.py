@@ -5,6 +5,8 @@ heads that are made in them. Which heads stay where is the plan's decision.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from headinfer.attention import native
@@ -26,6 +28,20 @@ from headinfer.link import Link
 from headinfer.spill import SpillTier
 from headinfer.tiers import DeviceTier, DiskTier, HostTier, Tier
 from headinfer.tiers.disk import QueueFactory
+
+
+class HostMemory(NamedTuple):
+    """What making host memory (mapping, touching, page-locking) took.
+
+    Attributes:
+        made_bytes: made so far.
+        made_s: the seconds of that, most of them on a thread of its own.
+        waited_s: what the model waited for them.
+    """
+
+    made_bytes: int = 0
+    made_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class Provision:
@@ -146,6 +162,16 @@ class Provision:
         """No chunk like the last one comes any more: what was made ready for one goes."""
         if self._host is not None:
             self._host.forget_ready()
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """What making host memory took so far."""
+        host = self._host
+        return (
+            HostMemory()
+            if host is None
+            else HostMemory(host.made_bytes, host.made_s, host.waited_s)
+        )
 
     @property
     def pin_failure(self) -> str | None:

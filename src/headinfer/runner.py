@@ -33,7 +33,7 @@ from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link, default_engine
 from headinfer.near import host_query
-from headinfer.provision import Provision
+from headinfer.provision import HostMemory, Provision
 from headinfer.spill import DiskEngine, queue_for
 from headinfer.tiers.disk import QueueFactory
 from headinfer.totals import Query, Total, heads_apart
@@ -438,6 +438,11 @@ class Runner:
     def links(self) -> list[Link]:
         """One per compute device."""
         return list(self._links.values())
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """What making host memory took so far."""
+        return self._provision.host_memory
 
     @property
     def pin_failure(self) -> str | None:

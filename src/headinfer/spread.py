@@ -19,6 +19,7 @@ from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
 from headinfer.packing import (
     kept_bytes,
+    overflow_bytes,
     packs,
     resident_head_bytes,
     ring_slot_bytes,
@@ -279,6 +280,16 @@ def stored_bytes(plan: Plan, tokens: int, *, slots_alone: bool = False) -> int:
             )
         if heads and head:
             size += aligned(heads * plan.batch * head) + aligned(1)
+    return size
+
+
+def host_bytes(plan: Plan, tokens: int) -> int:
+    """Host memory of the heads that are not resident, over `tokens` tokens."""
+    geometry, in_place = plan.geometry, not plan.staging
+    size = stored_bytes(plan, tokens)
+    if size and packs(geometry, plan.kv_format):
+        chunk = min(plan.chunk_tokens, tokens)
+        size += overflow_bytes(geometry, batch=plan.batch, chunk_tokens=chunk, in_place=in_place)
     return size
 
 

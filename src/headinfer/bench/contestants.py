@@ -110,6 +110,10 @@ class Entry:
         """Bytes held, by place."""
         return {}
 
+    def host_memory(self) -> dict[str, float]:
+        """What making host memory took: bytes, seconds, and seconds that were waited for."""
+        return {}
+
 
 class ScheduleEntry(Entry):
     """The authors' schedule."""
@@ -164,6 +168,10 @@ class OwnEntry(Entry):
     def held(self) -> dict[str, int]:
         stats = self.cache.stats().as_dict()
         return {name: value for name, value in stats.items() if isinstance(value, int)}
+
+    def host_memory(self) -> dict[str, float]:
+        made: dict[str, float] = self.cache.backing.runner.host_memory._asdict()
+        return made if made["made_bytes"] else {}
 
 
 @contextmanager

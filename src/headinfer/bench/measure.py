@@ -132,7 +132,7 @@ def _generate(case: Case, context: int, entry: Entry, deadline: Deadline) -> lis
             shape.linear_flops(context, logits=whole),
             shape.attention_flops(context),
             _prefill_predicted(entry, context, spans),
-            {"chunk_seconds": [round(span, 6) for span in spans]},
+            {"chunk_seconds": [round(span, 6) for span in spans]} | _making(entry),
         ),
         Figure(
             "last chunk",
@@ -336,6 +336,11 @@ def _settings(entry: Entry) -> dict[str, Any]:
         decided["resident_heads"] = sum(plan["resident_heads"])
     asked = {name: value for name, value in entry.settings.items() if name != "expected_tokens"}
     return {"chunk_tokens": entry.chunk_tokens, "asked": asked, **decided}
+
+
+def _making(entry: Entry) -> dict[str, Any]:
+    made = entry.host_memory()
+    return {"host_memory": {name: round(value, 6) for name, value in made.items()}} if made else {}
 
 
 def _predicted(entry: Entry) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -38,6 +39,8 @@ class HostTier:
         pin: extents are page-locked for a CUDA device.
         pin_failure: why page-locking was given up, None while it works.
         used_bytes: allocated now.
+        made_bytes, made_s: what was mapped so far, and the seconds that took, on whichever thread.
+        waited_s: of these, what `allocate` waited for.
     """
 
     name = "host"
@@ -61,6 +64,8 @@ class HostTier:
         self.pin = pin
         self.pin_failure: str | None = None
         self.used_bytes = 0
+        self.made_bytes = 0
+        self.made_s = self.waited_s = 0.0
         self._arenas: dict[int, _Mapping | _Adopted] = {}
         self._ready: dict[int, deque[Future[_Mapping]]] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -96,11 +101,15 @@ class HostTier:
             raise self._full(self._taken, size, f"of {format_bytes(budget)} allowed")
         if not ready and budget is not None and self._taken + self.ready_bytes + size > budget:
             self.forget_ready()
+        begun = time.perf_counter()
         try:
             mapping = ready.popleft().result() if ready else self._mapping(size)
         except (OSError, ValueError) as error:
             why = f"and the system refused more ({error})"
             raise self._full(self._taken, size, why) from error
+        self.waited_s += time.perf_counter() - begun
+        self.made_s += mapping.seconds
+        self.made_bytes += size
         if self.pin:
             self.pin_failure = mapping.pin_failure
             if self.pin_failure is not None:
@@ -205,9 +214,11 @@ class _Mapping:
 
     Attributes:
         pin_failure: why it is not page-locked though that was asked for.
+        seconds: that making it took.
     """
 
     def __init__(self, nbytes: int, *, pin: bool, touch: Touch | None) -> None:
+        begun = time.perf_counter()
         # Private: what a process could share with its children is shared memory to the system, which
         # gives no huge pages to that unless told so by its administrator.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -220,6 +231,7 @@ class _Mapping:
         self.bytes: Tensor = torch.frombuffer(region, dtype=torch.uint8)[:nbytes]
         self._unlock: weakref.finalize[[int], _Mapping] | None = None
         self.pin_failure = self._register(touch) if pin else None
+        self.seconds = time.perf_counter() - begun
 
     def _register(self, touch: Touch | None) -> str | None:
         """Page-lock for CUDA; returns why that failed, None when it worked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from headinfer.attention.api import (
     grows_with_keys,
     spec_of,
 )
-from headinfer.attention.few_shapes import ALONE_ROWS, key_spans
+from headinfer.attention.few_shapes import fills_alone, key_spans
 from headinfer.attention.masks import Block, MaskRecipe
 from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
 from headinfer.attention.types import AttentionSpec, Partial, Window
@@ -81,7 +82,7 @@ def heads_apart(query: Query, kv_heads: int, impl: str) -> bool:
     per_kv = query.q.shape[1] // kv_heads
     if query.q.device.type != "cuda" or query.expand is not None:
         return False
-    if per_kv * query.q.shape[2] < ALONE_ROWS:
+    if not fills_alone(per_kv * query.q.shape[2], _multiprocessors(query.q.device)):
         return False
     spec = AttentionSpec(
         device=query.q.device.type,
@@ -96,6 +97,11 @@ def heads_apart(query: Query, kv_heads: int, impl: str) -> bool:
         gradient=torch.is_grad_enabled() and query.q.requires_grad,
     )
     return built_per_shape(spec, impl)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Total:

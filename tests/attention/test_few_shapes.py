@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headinfer.attention.api import built_per_shape
-from headinfer.attention.few_shapes import key_spans, of_one_stride
+from headinfer.attention.few_shapes import fills_alone, key_spans, of_one_stride
 from headinfer.attention.types import AttentionSpec
 
 
@@ -62,3 +62,20 @@ def test_one_head_has_one_stride_whatever_its_length(count):
 def test_only_cudnn_is_built_per_shape():
     spec = AttentionSpec("cpu", torch.bfloat16, 64, 64, 4, 64, False, False, False)
     assert not built_per_shape(spec)
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiprocessors", "alone"),
+    [
+        (32_768, 132, True),  # an H200: two waves, all but full
+        (16_384, 132, True),
+        (8_192, 132, False),  # half of them idle
+        (16_384, 108, False),  # an A100: twenty blocks in a second wave
+        (16_384, 128, True),  # an RTX 4090
+        (8_192, 24, False),
+        (8_192, 16, True),
+        (1, 1, True),
+    ],
+)
+def test_a_head_has_calls_of_its_own_where_it_fills_the_device(rows, multiprocessors, alone):
+    assert fills_alone(rows, multiprocessors) == alone

@@ -11,13 +11,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-ALONE_ROWS = 16_384
-"""Query rows of a KV head, those of its group together, that fill a large GPU with blocks of 128: a
-call over one head takes no longer then than its part of a call over several (H200: 6.4 ms for eight
-calls, 6.5 together; with half the rows 6.1 and 3.4)."""
+BLOCK_ROWS = 128
+"""Query rows that a multiprocessor works on at a time."""
+
+LEAST_BUSY = 0.9
+"""Of the multiprocessors, how many must be at work in a call over one head, on average over its waves.
+H200, 132 of them: with 16,384 rows eight calls take 6.4 ms and one over all heads 6.5; with half
+the rows 6.1 and 3.4."""
 
 FIXED_STRIDE = 2**20
 """Rows from one head, or batch row, to the next where there is but one: part of a plan all the same."""
+
+
+def fills_alone(rows: int, multiprocessors: int) -> bool:
+    """Whether a call over one KV head with `rows` query rows, those of its group together, takes no
+    longer than its part of a call over several heads."""
+    blocks = -(-rows // BLOCK_ROWS)
+    waves = -(-blocks // multiprocessors)
+    return blocks >= LEAST_BUSY * waves * multiprocessors
 
 
 def key_spans(k: Tensor, rows: int) -> list[tuple[int, int]]:

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer step: new keys go in, queries attend everything, the next tiles are on their way.
 
-Holds the only loop over tiles: load next, attend this, store previous. Knows layers by number
-and masks by recipe; no model classes, no sampling, no file formats.
+Knows layers by number and masks by recipe; no model classes, no sampling, no file formats.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headinfer.attention import native
-from headinfer.balance import Balance
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.heads import (
     DirectHeads,
@@ -25,29 +20,20 @@ from headinfer.heads import (
     OffloadedHeads,
     PackedHeads,
     PackedInPlace,
-    Piece,
     SavedLayer,
-    of_group,
 )
 from headinfer.layer import Layer, RunnerSettings, Stats, check_fits
-from headinfer.layout import HeadGroup, Tile, tiles
+from headinfer.layout import HeadGroup
 from headinfer.link import Link, default_engine
-from headinfer.near import host_query
 from headinfer.provision import HostMemory, Provision
 from headinfer.spill import DiskEngine, queue_for
 from headinfer.tiers.disk import QueueFactory
-from headinfer.totals import Query, Total, heads_apart
-from headinfer.transfer import Copy, Ticket, TransferEngine
-
-NEAR_BYTES = 8 * 2**20
-"""Offloaded keys and values of a layer below which the CPU is not asked while its share adapts:
-waiting for the queries would cost more than bringing the keys."""
+from headinfer.tile_loop import TileLoop
+from headinfer.totals import Query
+from headinfer.transfer import TransferEngine
 
 DEMOTED_TOKENS = 8192
 """Resident tokens that are packed together: overflow is set aside for all of them."""
-
-TOGETHER_BYTES = 8 * 2**20
-"""Outputs up to this size attend the newest tokens of all head groups in one call."""
 
 
 class Runner:
@@ -70,8 +56,7 @@ class Runner:
         native.suggest_threads(settings.threads)
         self._links: dict[torch.device, Link] = {}
         self._provision = Provision(settings, disk_queue)
-        self._balance = Balance(settings.near_share, settings.near_adapts)
-        self._near_now = False
+        self._loop = TileLoop(settings, self.layers)
         self._current: Layer | None = None
         self.demoted_heads = 0
         self.before_change: Callable[[], None] = _nothing
@@ -207,107 +192,7 @@ class Runner:
             UnsupportedAttention: no implementation runs the call.
         """
         layer = self._layer_holding(index, length)
-        q = query.q.contiguous()
-        batch, num_heads, rows, _ = q.shape
-        out = q.new_empty(batch, rows, num_heads, query.value_dim)
-        # Where nothing came before there is but one shape: all heads over a square.
-        apart = length > rows and heads_apart(
-            query, layer.shape.num_kv_heads, self.settings.attention
-        )
-        call = _Call(layer, length, query, q, out, apart)
-        if layer.offloaded:
-            self._foresee(call)
-        for heads in layer.ranges:
-            if not isinstance(heads, OffloadedHeads):
-                for group in call.groups(heads.heads):
-                    total = self._total(call, group, collect=False)
-                    for piece in heads.pieces(length):
-                        total.add(of_group(piece, heads.heads, group))
-                    total.finish(out)
-            else:
-                self._attend_offloaded(call, heads)
-        return out
-
-    def _foresee(self, call: _Call) -> None:
-        """Which heads the CPU attends in this call, and which tiles are wanted for the rest."""
-        layer, link = call.layer, self._links[call.layer.device]
-        call.near = self._near_query(layer, call.query)
-        self._near_now = call.near is not None
-        found = link.begin(layer.index, near=self._near_now)
-        if found is not None:
-            self._balance.observe(found)
-        for heads in layer.offloaded:
-            start, count = heads.heads.start, heads.near_heads if self._near_now else 0
-            call.below[heads.heads] = HeadGroup(start, start + count)
-            call.wanted.extend(self._tiles(layer, heads, heads.prefix(call.length)))
-        link.schedule.reached(layer.index)
-
-    def _attend_offloaded(self, call: _Call, heads: OffloadedHeads) -> None:
-        """Merge what the tail, the stream and the CPU find for `heads`."""
-        recent, prefix = heads.recent_pieces(call.length), heads.prefix(call.length)
-        size = call.out[:, :, slice(*call.query_heads(heads.heads))].numel() * 4
-        if size > TOGETHER_BYTES and prefix and call.near is None:
-            for total in self._stream(call, heads, recent):
-                total.finish(call.out)
-            return
-        # Small outputs are merged once per layer rather than once per tile: decode would
-        # otherwise spend its time launching kernels.
-        group, link = call.below[heads.heads], self._links[call.layer.device]
-        newest = self._total(call, heads.heads, collect=True)
-        totals: list[Total] = []
-        if link.near is None or call.near is None or not group.heads or not prefix:
-            for piece in recent:
-                newest.add(piece)
-            totals.extend(self._stream(call, heads))
-        else:
-            with link.near.start(heads, group, prefix, call.q, call.near) as job:
-                for piece in recent:
-                    newest.add(piece)
-                totals.extend(self._stream(call, heads))
-                below = self._total(call, group, collect=True)
-                below.accept(job.partial())
-            totals.insert(0, below)
-        newest.join(totals)
-        newest.finish(call.out)
-
-    def _stream(
-        self, call: _Call, heads: OffloadedHeads, recent: Sequence[Piece] | None = None
-    ) -> Iterator[Total]:
-        """The loop over tiles, a total per head group: with `recent` the tiles merge into it as
-        they come, without they are kept for merging together."""
-        link, wanted = self._links[call.layer.device], call.wanted
-        while wanted and wanted[0].group.stop <= heads.heads.stop:
-            group = wanted[0].group
-            groups = [group] if recent is None else call.groups(group)
-            totals = [self._total(call, part, collect=recent is None) for part in groups]
-            for part, total in zip(groups, totals, strict=True):
-                for piece in recent or ():
-                    total.add(of_group(piece, heads.heads, part))
-            while wanted and wanted[0].group == group:
-                tile = wanted.popleft()
-                if link.ring.upcoming != tile:
-                    link.ring.flush()
-                    link.schedule.restart(wanted)
-                slot = link.ring.take(tile)
-                link.ring.prefetch(link.schedule.next_tile)  # load next
-                unpacked = heads.unpack(tile, slot)
-                for part, total in zip(groups, totals, strict=True):
-                    total.add(of_group(unpacked, group, part))  # attend this
-                link.ring.give_back()
-            yield from totals
-
-    def _total(self, call: _Call, group: HeadGroup, *, collect: bool) -> Total:
-        heads = call.query_heads(group)
-        return Total(call.query, call.q, heads, self.settings.attention, collect)
-
-    def _near_query(self, layer: Layer, query: Query) -> Query | None:
-        """The call as the CPU answers it for its share of the heads; None if all stream."""
-        if self._links[layer.device].near is None:
-            return None
-        held = sum(heads.stored_bytes for heads in layer.offloaded)
-        if self._balance.adapts and held < NEAR_BYTES:
-            return None
-        return host_query(query)
+        return self._loop.attend(layer, self._links[layer.device], length, query)
 
     def gather(self, index: int, length: int, *, values: bool) -> Tensor:
         """Keys or values [b, h, t, d] of the first `length` tokens, copied to the device."""
@@ -478,7 +363,7 @@ class Runner:
     def _new_layer(self, index: int, shape: KVShape, device: torch.device) -> Layer:
         self._prepare_device(device)
         layer = self._provision.layer(index, shape, self._links[device])
-        self._share_out(layer)
+        self._loop.share_out(layer)
         return layer
 
     def _prepare_device(self, device: torch.device) -> None:
@@ -498,39 +383,10 @@ class Runner:
                 device,
                 self.settings,
                 engine,
-                _weakly(self._load),
-                _weakly(self._tiles_of_layer),
+                self._loop.load,
+                self._loop.tiles_of,
                 self._provision.host,
             )
-
-    def _load(self, tile: Tile, slot: Tensor) -> tuple[list[Copy], list[Ticket]]:
-        heads = self.layers[tile.layer].offloaded_with(tile.group)
-        return heads.load_again(tile, slot), [heads.last_write]
-
-    def _tiles_of_layer(self, index: int) -> Iterator[Tile]:
-        layer = self.layers.get(index)
-        if layer is None:
-            return
-        self._share_out(layer)
-        for heads in layer.offloaded:
-            yield from self._tiles(layer, heads, heads.store.stored)
-
-    def _share_out(self, layer: Layer) -> None:
-        """Between two visits of a layer its heads may change sides."""
-        if self._links[layer.device].near is not None:
-            for heads in layer.offloaded:
-                heads.near_heads = self._balance.heads(layer.index, heads.heads.heads)
-
-    def _tiles(self, layer: Layer, heads: OffloadedHeads, length: int) -> Iterator[Tile]:
-        near = heads.near_heads if self._near_now else 0
-        return tiles(
-            layer.index,
-            HeadGroup(heads.heads.start + near, heads.heads.stop),
-            length,
-            slot_bytes=self.settings.slot_bytes,
-            token_bytes=layer.shape.token_bytes(max(heads.store.batch, 1)),
-            epoch=heads.store.epoch,
-        )
 
 
 def _append_all(below: OffloadedHeads, heads: DirectHeads, link: Link) -> None:
@@ -560,51 +416,3 @@ class Unfilled(NamedTuple):
 
 def _nothing() -> None:
     pass
-
-
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method` without keeping its object alive: a runner dropped is memory freed at once, not
-    when the garbage collector next looks for cycles."""
-    target = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        found = target()
-        if found is None:
-            raise CacheStateError("the runner of these tiles is gone")
-        return found(*args)
-
-    return call
-
-
-@dataclass(slots=True)
-class _Call:
-    """One attention call on its way.
-
-    Attributes:
-        layer, length, query: as asked.
-        q: contiguous queries.
-        out: [b, t, h, d], filled head range by head range.
-        near: the call as the CPU answers it for its heads; None if every head streams.
-        below: per offloaded range, the heads the CPU attends.
-        wanted: tiles of the heads that stream, in order.
-    """
-
-    layer: Layer
-    length: int
-    query: Query
-    q: Tensor
-    out: Tensor
-    apart: bool = False
-    near: Query | None = None
-    below: dict[HeadGroup, HeadGroup] = field(default_factory=dict)
-    wanted: deque[Tile] = field(default_factory=deque)
-
-    def groups(self, heads: HeadGroup) -> list[HeadGroup]:
-        """The parts of `heads` that are attended together."""
-        if not self.apart:
-            return [heads]
-        return [HeadGroup(head, head + 1) for head in range(heads.start, heads.stop)]
-
-    def query_heads(self, group: HeadGroup) -> tuple[int, int]:
-        per_kv = self.q.shape[1] // self.layer.shape.num_kv_heads
-        return group.start * per_kv, group.stop * per_kv

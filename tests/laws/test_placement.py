@@ -212,8 +212,8 @@ def test_any_history_equals_the_resident_cache(device, placement, data):
 def test_calls_cut_into_few_shapes_give_the_same_answer(device, placement, batch, monkeypatch):
     """What is done for kernels that are built for every shape, with any kernel: every KV head in
     calls of its own, over spans of a power of two chunks."""
-    monkeypatch.setattr("headinfer.runner.heads_apart", lambda *_: True)
-    monkeypatch.setattr("headinfer.runner.TOGETHER_BYTES", 0)
+    monkeypatch.setattr("headinfer.tile_loop.heads_apart", lambda *_: True)
+    monkeypatch.setattr("headinfer.tile_loop.TOGETHER_BYTES", 0)
     monkeypatch.setattr("headinfer.totals.built_per_shape", lambda *_: True)
     driver = Driver(make_runner(device, placement=placement, slot_bytes=2**15), device, heads=3)
     for _ in range(8):
@@ -447,7 +447,7 @@ def test_the_share_of_the_cpu_adapts_and_answers_stay_right(monkeypatch):
         seen.append(found)
         balance.share = (0.1, 0.9, 0.5)[len(seen) % 3]
 
-    monkeypatch.setattr("headinfer.runner.NEAR_BYTES", 0)
+    monkeypatch.setattr("headinfer.tile_loop.NEAR_BYTES", 0)
     monkeypatch.setattr(Balance, "observe", observe)
     runner = make_runner("cpu", placement="staged", near_share=0.5, near_adapts=True)
     driver = Driver(runner, "cpu", heads=3)

@@ -131,7 +131,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(
 
 
 def test_what_is_not_available_is_a_row(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str, ground: Any) -> None:
+    def absent(name: str, ground: Any, **how: bool) -> None:
         raise program.NotAvailable("not in this version")
 
     monkeypatch.setattr(measuring, "warm_up", absent)

@@ -90,14 +90,21 @@ def run(
     return [_row(row, figure, ground, results) for figure in figures]
 
 
-def warm_up(contestant: str, ground: Ground) -> None:
-    """A short run under the same plan, so that no one is charged for what happens at first use."""
+def warm_up(contestant: str, ground: Ground, *, first_token: bool = False) -> None:
+    """A short run under the same plan, so that no one is charged for what happens at first use; where
+    the first token after a long prompt is timed, also tokens after as long a context: merges of
+    more tiles are other kernels, compiled when they are first used."""
     most = 2 * ground.chunk_tokens + 64 if ground.device.type == "cuda" else 64
     tokens = min(ground.tokens - 4, most)
     with torch.no_grad(), enter(contestant, ground) as entry:
         _read(entry, _prompt(ground, tokens), Deadline())
         for _ in range(2):
             _token(entry)
+        if first_token and ground.device.type == "cuda":
+            entry.renew()
+            entry.fill(ground.tokens - 4)
+            for _ in range(3):
+                _token(entry)
         settle(ground.device)
 
 

@@ -238,7 +238,8 @@ class _Runs:
         # Ours plan by length, so that another length may use other kernels for the first time.
         warm = (key[1], case.cap, key[2] if KNOWN[key[1]].ours else 0)
         if warm not in self._warm:
-            measure.warm_up(key[1], ground)
+            first = case.mode is Mode.GENERATE and KNOWN[key[1]].ours
+            measure.warm_up(key[1], ground, first_token=first)
             clean(ground.device)
             self._warm.add(warm)
         return measure.run(case, key[1], key[2], ground, results, deadline)

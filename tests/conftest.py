@@ -18,10 +18,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "anywhere")
 # Before anything imports transformers: a test that forgets to be local fails instead of waiting.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Processes that test at the same time share the processors.
+# Processes that test at the same time share the processors; two threads at least, or nothing that
+# shares work between threads would be run. Those that wait leave the processor to others.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 2)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests that start a fresh interpreter test this checkout, installed or not.
 SOURCE = str(Path(__file__).resolve().parent.parent / "src")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH")]))

@@ -10,11 +10,29 @@ from hypothesis import strategies as st
 from headinfer.balance import LEAST_SHARE, Balance, Pass
 
 
-@given(share=st.floats(0, 1), count=st.integers(1, 16), layers=st.integers(1, 80))
-def test_rounding_follows_the_share_over_all_layers(share, count, layers):
-    heads = [Balance(share).heads(place, count) for place in range(layers)]
-    assert all(0 <= n <= count for n in heads)
-    assert abs(sum(heads) - share * count * layers) <= 1
+def shared_out(balance, counts):
+    """Heads of layers with `counts` offloaded ones that the CPU attends."""
+    return [balance.heads(sum(counts[:place]), count) for place, count in enumerate(counts)]
+
+
+@given(
+    share=st.floats(0, 1),
+    counts=st.lists(st.integers(0, 16), min_size=1, max_size=80),
+    adapts=st.booleans(),
+)
+def test_rounding_follows_the_share_over_all_layers(share, counts, adapts):
+    """Whichever layers are resident, as a whole or in part."""
+    heads = shared_out(Balance(share, adapts), counts)
+    assert all(0 <= n <= count for n, count in zip(heads, counts, strict=True))
+    assert abs(sum(heads) - share * sum(counts)) <= 1
+
+
+@given(
+    share=st.floats(LEAST_SHARE, 1), counts=st.lists(st.integers(0, 16), min_size=1, max_size=80)
+)
+def test_while_it_adapts_one_head_is_attended_by_the_cpu(share, counts):
+    """Without any its rate would not be seen, and the share would stay where it is."""
+    assert sum(shared_out(Balance(share, adapts=True), counts)) >= min(sum(counts), 1)
 
 
 def test_a_fixed_share_stays():
@@ -32,14 +50,18 @@ def test_nothing_is_concluded_from_half_a_measurement(unknown):
     assert balance.share == 0.5
 
 
-def one_pass(balance, *, cpu, link, gap, pause=0.0, ring=1.0, heads=8, layers=32):
+def one_pass(balance, *, cpu, link, gap, pause=0.0, ring=1.0, heads=8, layers=32, resident=()):
     """A decode step on a machine made up here. Per layer the CPU attends and then the rest of the
     layer takes `gap`; the link goes on meanwhile, at most `ring` layers' worth of heads ahead, and
     pauses for a part of each copy that its own rate does not show. Rates in heads per second."""
     now = landed = kernel_s = slack = 0.0
-    all_near = 0
+    all_near = all_heads = 0
     for place in range(layers):
-        near = balance.heads(place, heads)
+        if place in resident:
+            now += gap
+            continue
+        near = balance.heads(all_heads, heads)
+        all_heads += heads
         # A layer's tiles can begin when those before have left the ring.
         begun = max(landed, now - ring * heads / link)
         landed = begun + (heads - near) / link * (1 + pause)
@@ -48,7 +70,7 @@ def one_pass(balance, *, cpu, link, gap, pause=0.0, ring=1.0, heads=8, layers=32
         kernel_s += near / cpu
         all_near += near
         now = max(answered, landed) + gap
-    return Pass(now - gap, kernel_s, all_near, slack, heads * layers - all_near, link)
+    return Pass(now - gap, kernel_s, all_near, slack, all_heads - all_near, link)
 
 
 @pytest.mark.parametrize("cpu", [500.0, 2000.0, 4000.0])
@@ -71,6 +93,24 @@ def test_it_settles_near_the_best_share(cpu, link, gap, pause, ring, start):
         seconds.append(found.seconds)
         assert LEAST_SHARE <= balance.share <= 1
     assert max(seconds[10:]) <= limit * best
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads"), [(28, 2), (36, 2), (24, 2), (61, 1), (28, 4), (32, 8)]
+)
+@pytest.mark.parametrize("start", [0.25, 0.5, 0.02])
+@pytest.mark.parametrize(("cpu", "link"), [(1370.0, 767.0), (2000.0, 500.0)])
+def test_it_settles_where_every_second_layer_is_resident(layers, heads, start, cpu, link):
+    machine = {"cpu": cpu, "link": link, "gap": 0.0003, "ring": 0.5, "heads": heads}
+    machine |= {"layers": layers, "resident": range(0, layers, 2)}
+    best = min(one_pass(Balance(share / 100), **machine).seconds for share in range(2, 101))
+    balance = Balance(start, adapts=True)
+    seconds = []
+    for _ in range(60):
+        found = one_pass(balance, **machine)
+        balance.observe(found)
+        seconds.append(found.seconds)
+    assert max(seconds[20:]) <= (1.35 if heads < 4 else 1.2) * best
 
 
 def test_copies_slower_in_a_row_than_alone_do_not_push_heads_to_the_link():

@@ -409,11 +409,41 @@ def test_sizes_that_look_alike_are_told_apart():
     )
 
 
+def test_more_gpu_memory_as_named_holds_the_residents_asked_for():
+    how = {"expected_tokens": 131_072, "resident_heads": 1}
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(llama3_8b(16 * GIB), options(16 * GIB, **how), device="cuda")
+    enough = caught.value.needed_bytes
+    assert f"Raise gpu_memory to {enough} bytes" in str(caught.value)
+    plan = make_plan(llama3_8b(16 * GIB), options(enough, **how), device="cuda")
+    assert plan.resident_heads == (1,) * 32
+
+
+def test_a_large_layer_does_not_keep_smaller_ones_from_the_gpu():
+    small = LayerGeometry(LayerKind.FULL, 1, 128, 128, 8)
+    large = replace(small, key_dim=512, value_dim=512)
+    layers = tuple(large if index == 16 else small for index in range(32))
+    geometry = Geometry(layers, 2, 1024, 4096, 32_000, GIB, 8192, "mixed")
+    tokens = 2**18
+    least = make_plan(
+        geometry, options(40 * GIB, expected_tokens=tokens, resident_heads=0), device="cuda"
+    )
+    room = 3 * small.head_bytes(tokens, 2) + MIB
+    plan = make_plan(
+        geometry,
+        options(least.gpu_bytes + room, expected_tokens=tokens, chunk_tokens=least.chunk_tokens),
+        device="cuda",
+    )
+    assert sum(plan.resident_heads) == 3
+    assert plan.resident_heads[16] == 0
+
+
+@pytest.mark.parametrize("kv_format", ["exact", "lossless"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("host", [1000, MIB, 60 * MIB, 600 * MIB, 2 * GIB])
-def test_every_remedy_of_a_small_host_budget_works(device, host, tmp_path):
+@pytest.mark.parametrize("host", [1000, MIB, 60 * MIB, 210 * MIB, 300 * MIB, 600 * MIB, 2 * GIB])
+def test_every_remedy_of_a_small_host_budget_works(device, host, kv_format, tmp_path):
     gpu = 18 * GIB if device == "cuda" else None
-    how = {"expected_tokens": 100_000, "kv_format": "exact"}
+    how = {"expected_tokens": 100_000, "kv_format": kv_format}
     with pytest.raises(BudgetTooSmall) as caught:
         make_plan(
             llama3_8b(), options(gpu, host, resident_heads=0 if gpu else None, **how), device=device

@@ -48,12 +48,18 @@ class Balance:
     share: float
     adapts: bool = False
 
-    def heads(self, place: int, count: int) -> int:
-        """Of `count` offloaded heads of layer number `place`, those attended on the CPU.
+    def heads(self, before: int, count: int) -> int:
+        """Of `count` offloaded heads of a layer, after `before` of the layers below it, those attended
+        on the CPU.
 
-        Rounds so that the sum over layers follows the share, however few heads a layer has.
+        Rounds so that the sum over layers follows the share, however few heads a layer has; while the
+        share adapts one head at least is attended there.
         """
-        return int((place + 1) * count * self.share + 0.5) - int(place * count * self.share + 0.5)
+        return self._in_all(before + count) - self._in_all(before)
+
+    def _in_all(self, heads: int) -> int:
+        least = min(heads, 1) if self.adapts and self.share > 0 else 0
+        return max(int(heads * self.share + 0.5), least)
 
     def observe(self, found: Pass) -> None:
         """Move the share towards where both paths end together.

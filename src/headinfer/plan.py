@@ -194,7 +194,8 @@ def _cpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             reasons=(f"the model computes on the CPU: keys and values are {where}",),
             disk=options.disk,
             disk_buffer_bytes=_buffers(geometry, options, slot_bytes, num_slots),
-        )
+        ),
+        options,
     )
 
 
@@ -225,7 +226,7 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
         try:
             if budget is not None and plan.gpu_bytes > budget:
                 raise gpu_too_small(plan, options, budget, with_chunk)
-            fitting.append(_with_host(with_residents(plan, options)))
+            fitting.append(_with_host(with_residents(plan, options), options))
         except BudgetTooSmall as error:
             # Of the GPU's the last names the least that works, and says nothing once it has room.
             refused = error if refused is None or refused.tier == "gpu" else refused
@@ -255,7 +256,7 @@ def _longer(plan: Plan, options: Options) -> Iterator[Plan]:
         if budget is not None and longer.gpu_bytes > budget:
             return
         try:
-            yield _with_host(with_residents(longer, options))
+            yield _with_host(with_residents(longer, options), options)
         except BudgetTooSmall:  # no room for resident_heads, or fewer heads leave too much to disk
             return
 
@@ -358,7 +359,7 @@ def _streaming_plan(geometry: Geometry, options: Options, batch: int, chunk: int
     )
 
 
-def _with_host(plan: Plan) -> Plan:
+def _with_host(plan: Plan, options: Options) -> Plan:
     """Count what goes to host memory and check it against the budget."""
     tokens = plan.expected_tokens
     if tokens is None:
@@ -370,5 +371,17 @@ def _with_host(plan: Plan) -> Plan:
         return with_spill(plan, size)
     budget = plan.budget.host_bytes
     if budget is not None and size > budget:
-        raise host_too_small(plan, tokens, size, budget)
+        raise host_too_small(plan, tokens, size, budget, disk_helps=_disk_helps(plan, options))
     return replace(plan, host_bytes=size)
+
+
+def _disk_helps(plan: Plan, options: Options) -> bool:
+    """Whether what was asked for fits with a disk that has room."""
+    budget = replace(options.budget, disk_bytes=None)
+    try:
+        _plan(
+            plan.geometry, replace(options, disk="FOLDER", budget=budget), plan.device, plan.batch
+        )
+    except (BudgetTooSmall, InputError):
+        return False
+    return True

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from headinfer.budget import format_apart, format_bytes
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall
+from headinfer.footprint import bytes_of_residents, residents_of
 from headinfer.layout import BLOCK_TOKENS
 from headinfer.options import Options
-from headinfer.spread import buffers_beside_gpu, host_bytes, ring_on_cpu
+from headinfer.spread import host_bytes
 
 LEAST_CHUNK_TOKENS = BLOCK_TOKENS
 
 
-def host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetTooSmall:
+def host_too_small(
+    plan: Plan, tokens: int, size: int, budget: int, *, disk_helps: bool
+) -> BudgetTooSmall:
     """Host memory of `budget` bytes does not hold `size` bytes of keys and values."""
     shorter = int(tokens * budget / size)
     # Rounding to blocks and alignment may be in the way of the last few tokens.
@@ -28,7 +31,7 @@ def host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetToo
     remedies = [f"Raise host_memory to {size} bytes ({format_bytes(size)})"]
     if shorter >= BLOCK_TOKENS:
         remedies.append(f"shorten the context to {shorter:,} tokens")
-    if _disk_buffers(plan) <= budget:
+    if disk_helps:
         remedies.append("let what does not fit lie on a fast disk with disk=FOLDER")
     *first, last = remedies
     return BudgetTooSmall(
@@ -41,20 +44,6 @@ def host_too_small(plan: Plan, tokens: int, size: int, budget: int) -> BudgetToo
     )
 
 
-def _disk_buffers(plan: Plan) -> int:
-    """Host memory that `plan` would take if what does not fit there lay on disk."""
-    if plan.device != "cpu" or plan.staging:
-        return buffers_beside_gpu(plan.slot_bytes, plan.num_slots)
-    return ring_on_cpu(
-        plan.geometry,
-        batch=plan.batch,
-        budget=plan.budget.host_bytes,
-        slot_bytes=None,
-        num_slots=None,
-        write_bytes=plan.chunk_tokens * plan.batch * plan.geometry.offloadable_bytes(1),
-    ).buffer_bytes
-
-
 def gpu_too_small(
     plan: Plan, options: Options, budget: int, with_chunk: Callable[[int], Plan]
 ) -> BudgetTooSmall:
@@ -62,8 +51,11 @@ def gpu_too_small(
     chunk."""
     geometry, least = plan.geometry, with_chunk(LEAST_CHUNK_TOKENS)
     parts = " + ".join(f"{format_bytes(size)} {name}" for name, size in plan.gpu_parts.items())
-    remedy = f"Raise gpu_memory to {plan.gpu_bytes} bytes ({format_bytes(plan.gpu_bytes)})"
     needed = plan.gpu_bytes
+    if options.resident_heads and options.expected_tokens is not None:
+        residents = residents_of(geometry, options.resident_heads)
+        needed += bytes_of_residents(geometry, residents, options.expected_tokens, plan.batch)
+    remedy = f"Raise gpu_memory to {needed} bytes ({format_bytes(needed)})"
     if options.chunk_tokens is not None and least.gpu_bytes <= budget:
         chunk = options.chunk_tokens
         while with_chunk(chunk).gpu_bytes > budget:
@@ -75,7 +67,7 @@ def gpu_too_small(
             f", or load weights that take at most {room} bytes on the GPU ({format_bytes(room)}): "
             "quantised, or some of them in host memory (device_map='auto')"
         )
-    asked, allowed = format_apart(needed, budget)
+    asked, allowed = format_apart(plan.gpu_bytes, budget)
     return BudgetTooSmall(
         f"{geometry.name} does not fit: {parts} = {asked} with "
         f"chunk_tokens={plan.chunk_tokens:,}; the GPU budget is {allowed}. {remedy}.",

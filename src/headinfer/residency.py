@@ -62,7 +62,7 @@ def _that_fit(geometry: Geometry, tokens: int, batch: int, room: int) -> tuple[i
         else:
             heads = 0
         residents[index] = heads
-        if heads < offloadable_heads(geometry.layers[index]):
+        if 0 < heads < offloadable_heads(geometry.layers[index]):
             break
     return tuple(residents)
 

@@ -77,7 +77,7 @@ class Runner:
             shape = KVShape(k.shape[1], k.shape[-1], v.shape[-1], k.dtype)
             if not self.layers:
                 self._provision.take_at_once(shape, k.shape[0], k.device)
-            layer = self.layers[index] = self._new_layer(index, shape, k.device)
+            layer = self._new_layer(index, shape, k.device)
         check_fits(layer, k, v)
         self._forget_recent()
         self._current = layer
@@ -102,7 +102,6 @@ class Runner:
             TierFull: a budget does not allow it; the layer is not there.
         """
         layer = self._new_layer(index, saved.shape, saved.device)
-        self.layers[index] = layer
         if (
             self.settings.disk is not None
         ):  # pages of a mapped file would be memory beyond the budget
@@ -132,6 +131,7 @@ class Runner:
         below = layer.ranges[place] = self._provision.offloaded(
             layer, heads.heads, self._links[layer.device]
         )
+        self._loop.forget_places()
         self.demoted_heads += heads.heads.heads
         return below.restore(saved)
 
@@ -180,6 +180,7 @@ class Runner:
         elif isinstance(heads, DirectHeads):
             _append_all(below, heads, link)
         layer.ranges[place] = below
+        self._loop.forget_places()
         self.demoted_heads += heads.heads.heads
         # Tiles staged ahead were listed without these heads.
         self._settle_ring()
@@ -248,6 +249,7 @@ class Runner:
     def drop(self, index: int) -> None:
         """Forget a layer and free its memory."""
         layer = self.layers.pop(index, None)
+        self._loop.forget_places()
         if layer is not None:
             self._settle()
             for heads in layer.ranges:
@@ -362,7 +364,8 @@ class Runner:
 
     def _new_layer(self, index: int, shape: KVShape, device: torch.device) -> Layer:
         self._prepare_device(device)
-        layer = self._provision.layer(index, shape, self._links[device])
+        layer = self.layers[index] = self._provision.layer(index, shape, self._links[device])
+        self._loop.forget_places()
         self._loop.share_out(layer)
         return layer
 

@@ -42,6 +42,7 @@ class TileLoop:
         self._balance = Balance(settings.near_share, settings.near_adapts)
         self._shares = settings.staging and bool(settings.near_share or settings.near_adapts)
         self._near_now = False
+        self._before: dict[int, int] = {}  # per layer, offloaded heads of the layers below it
 
     def attend(self, layer: Layer, link: Link, length: int, query: Query) -> Tensor:
         """Attention of `query` over the first `length` tokens of `layer`, whose device `link` leads
@@ -168,9 +169,24 @@ class TileLoop:
 
     def share_out(self, layer: Layer) -> None:
         """Between two visits of a layer its heads may change sides."""
-        if self._shares:
-            for heads in layer.offloaded:
-                heads.near_heads = self._balance.heads(layer.index, heads.heads.heads)
+        if not self._shares:
+            return
+        if layer.index not in self._before:
+            self._count()
+        before = self._before[layer.index]
+        for heads in layer.offloaded:
+            heads.near_heads = self._balance.heads(before, heads.heads.heads)
+            before += heads.heads.heads
+
+    def forget_places(self) -> None:
+        """Layers came, went, or have other heads offloaded than before."""
+        self._before.clear()
+
+    def _count(self) -> None:
+        found = 0
+        for index in sorted(self._layers):
+            self._before[index] = found
+            found += sum(heads.heads.heads for heads in self._layers[index].offloaded)
 
     def _tiles(self, layer: Layer, heads: OffloadedHeads, length: int) -> Iterator[Tile]:
         near = heads.near_heads if self._near_now else 0

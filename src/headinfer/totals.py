@@ -25,7 +25,7 @@ from headinfer.attention.api import (
     spec_of,
 )
 from headinfer.attention.few_shapes import fills_alone, key_spans
-from headinfer.attention.masks import Block, MaskRecipe
+from headinfer.attention.masks import Block, Causal, MaskRecipe
 from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
 from headinfer.attention.types import AttentionSpec, Partial, Window
 from headinfer.heads import PackedPiece, Piece
@@ -79,8 +79,11 @@ def attend_in_memory(query: Query, k: Tensor, v: Tensor) -> Tensor:
 def heads_apart(query: Query, kv_heads: int, impl: str) -> bool:
     """Whether every KV head is better attended in a call of its own: calls over different numbers of
     heads would be as many shapes, and one head's rows fill the device."""
-    per_kv = query.q.shape[1] // kv_heads
+    batch, per_kv = query.q.shape[0], query.q.shape[1] // kv_heads
     if query.q.device.type != "cuda" or query.expand is not None:
+        return False
+    # Masks and windows go to other kernels; of several sequences a tile has as many strides as lengths.
+    if batch > 1 or not isinstance(query.recipe, Causal):
         return False
     if not fills_alone(per_kv * query.q.shape[2], _multiprocessors(query.q.device)):
         return False

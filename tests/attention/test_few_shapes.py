@@ -35,9 +35,9 @@ def test_a_prompt_of_a_thousand_chunks_needs_ten_shapes(how):
     found = {
         stop - start
         for chunk in range(1, 1024)
-        for start, stop in key_spans(keys(chunk * 512, **how), 512)
+        for start, stop in key_spans(keys(chunk * 1024, **how), 1024)
     }
-    assert found == {512 << power for power in range(10)}
+    assert found == {1024 << power for power in range(10)}
 
 
 @pytest.mark.parametrize("how", [{"heads": 2}, {"batch": 3}])
@@ -47,7 +47,29 @@ def test_heads_as_far_apart_as_the_keys_are_long_are_not_cut(how):
 
 
 def test_a_last_chunk_is_not_cut():
-    assert key_spans(keys(7 * 512), 100) == [(0, 7 * 512)]
+    assert key_spans(keys(7 * 8192), 5000) == [(0, 7 * 8192)]
+
+
+def test_a_full_tile_is_not_cut():
+    """It comes again with every chunk, also of a length that does not divide it."""
+    assert key_spans(keys(65_536), 9216) == [(0, 65_536)]
+
+
+def test_what_is_no_whole_chunk_has_a_span_of_its_own():
+    """A context that goes on, and segments that grow without a known length."""
+    found = {
+        stop - start
+        for chunk in range(1, 129)
+        for start, stop in key_spans(keys(1000 + chunk * 8192), 8192)
+    }
+    assert found == {1000} | {8192 << power for power in range(8)}
+
+
+@pytest.mark.parametrize("heads", [1, 8, 32, 128])
+def test_a_stride_fits_32_bits(heads):
+    """The plan's key has no more, and of many heads a row is long."""
+    fresh = torch.empty(1, 64, heads, 128).transpose(1, 2)[:, :1]
+    assert max(of_one_stride(fresh).stride()) < 2**31
 
 
 @pytest.mark.parametrize("count", [1, 7, 512])

@@ -17,6 +17,8 @@ import torch
 from transformers import DynamicCache
 
 import headinfer
+from headinfer.errors import TierFull
+from headinfer.hf.cache import HeadLayer
 from headinfer.hf.cache_name import cache_argument, cache_returned
 from headinfer.testing.graphs import TapeRecorder
 
@@ -188,6 +190,56 @@ def test_a_recording_keeps_no_cache(llama: Any, ids: Any, options: dict[str, Any
         run.cache = None
         gc.collect()
         assert gone() is None
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_memory_that_is_full_is_reported_and_ends_no_recording(
+    llama: Any, ids: Any, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step, the one recorded, the one compared and a replayed one: the error is the
+    caller's, nothing runs twice, and with room again steps are replayed."""
+    tokens, calls = ids(60), []
+    full = TierFull("host full", tier="host", budget_bytes=1, used_bytes=1, asked_bytes=1)
+    store = HeadLayer.store
+
+    def refuse(layer: Any, *args: Any) -> Any:
+        if len(calls) == step and layer.index == 0:
+            calls.append("refused")
+            raise full
+        return store(layer, *args)
+
+    monkeypatch.setattr(HeadLayer, "store", refuse)
+    with headinfer.attach(llama) as run, torch.no_grad():
+        run.replay_with(TapeRecorder)
+        assert run.graphs is not None
+        cache = run.new_cache()
+        headinfer.prefill(llama, tokens[:, :50], cache)
+        at = 50
+        while at < 60:
+            calls.append("step")
+            given = {"input_ids": tokens[:, at : at + 1], **cache_argument(llama, cache)}
+            if calls.count("step") == step:
+                with pytest.raises(TierFull):
+                    llama(**given)
+            else:
+                llama(**given)
+                at += 1
+        assert calls.count("refused") == 1
+        assert run.graphs.refused == ""
+        assert run.graphs.replayed
+
+
+def test_steps_that_never_come_again_are_not_remembered_for_good(llama: Any, ids: Any) -> None:
+    tokens = ids(200)
+    with headinfer.attach(llama) as run, torch.no_grad():
+        run.replay_with(TapeRecorder)
+        assert run.graphs is not None
+        cache = run.new_cache()
+        headinfer.prefill(llama, tokens[:, :50], cache)
+        for at in range(50, 200):
+            given = {"input_ids": tokens[:, at : at + 1], **cache_argument(llama, cache)}
+            llama(**given, logits_to_keep=at)
+            assert len(run.graphs._seen) <= 64
 
 
 def test_hooks_are_called_for_every_step(llama: Any, ids: Any, options: dict[str, Any]) -> None:

@@ -19,8 +19,12 @@ LEAST_BUSY = 0.9
 H200, 132 of them: with 16,384 rows eight calls take 6.4 ms and one over all heads 6.5; with half
 the rows 6.1 and 3.4."""
 
-FIXED_STRIDE = 2**20
-"""Rows from one head, or batch row, to the next where there is but one: part of a plan all the same."""
+FIXED_STRIDE = 2**30
+"""Elements from one head, or batch row, to the next where there is but one: part of a plan all the
+same, which counts in 32 bits."""
+
+WHOLE_TOKENS = 1024
+"""Chunks are multiples of this, the last one of a prompt hardly ever."""
 
 
 def fills_alone(rows: int, multiprocessors: int) -> bool:
@@ -33,27 +37,31 @@ def fills_alone(rows: int, multiprocessors: int) -> bool:
 
 def key_spans(k: Tensor, rows: int) -> list[tuple[int, int]]:
     """Where the keys k [b, h, s, d] of a call with `rows` queries are cut: spans of `rows` times a
-    power of two, the longest first. Everything at once where that would save no shape: no whole
-    number of chunks, or heads that lie as far apart as these keys are long.
+    power of two, the longest first, then what is left.
+
+    Everything at once where that would save no shape: heads that lie as far apart as these keys
+    are long; a number of keys that comes again, as a full tile's does; the last chunk of a
+    prompt, whose rows make every shape a new one.
     """
     keys = k.shape[2]
     units, rest = divmod(keys, rows)
-    if rest or units <= 2 or not _of_fixed_stride(k):
+    comes_again = keys & (keys - 1) == 0
+    last_chunk = rest and rows % WHOLE_TOKENS
+    if not units or comes_again or last_chunk or not _of_fixed_stride(k):
         return [(0, keys)]
     spans, start = [], 0
     for power in range(units.bit_length() - 1, -1, -1):
         if units >> power & 1:
             spans.append((start, start + (rows << power)))
             start = spans[-1][1]
-    return spans
+    return [*spans, (start, keys)] if rest else spans
 
 
 def of_one_stride(x: Tensor) -> Tensor:
     """x [b, h, s, d] with strides that do not depend on s where b and h are 1."""
     if x.shape[0] != 1 or x.shape[1] != 1:
         return x
-    row = x.stride(2)
-    return x.as_strided(x.shape, (row * FIXED_STRIDE, row * FIXED_STRIDE, row, x.stride(3)))
+    return x.as_strided(x.shape, (FIXED_STRIDE, FIXED_STRIDE, x.stride(2), x.stride(3)))
 
 
 def _of_fixed_stride(k: Tensor) -> bool:

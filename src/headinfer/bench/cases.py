@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
             contexts=_lengths(32, 64, 128),
             contestants=PREFILLING,
             cap="24GiB",
-            steps=6,
+            steps=8,
         ),
         replace(
             _8B,
@@ -264,14 +264,14 @@ CASES: dict[str, Case] = {
             contexts=_lengths(128),
             contestants=("streaming", "streaming-lossless"),
             repeats=2,
-            steps=4,
+            steps=8,
         ),
         replace(
             _PACKED_8B,
             name="lossless-prefill-256k-8b",
             contexts=_lengths(64, 128, 256),
             contestants=("planned-lossless",),
-            steps=4,
+            steps=8,
         ),
         replace(
             _PACKED_8B,

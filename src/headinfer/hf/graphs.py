@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from headinfer.attention.masks import Causal, MaskRecipe, PaddedCausal, Padding
-from headinfer.errors import DiskError
+from headinfer.errors import GpuOutOfMemory, TierError, TransferError
 from headinfer.hf.cache import HeadCache, HeadLayer
 from headinfer.hf.cache_name import NAMES, cache_given, cache_name
 from headinfer.hf.step import Call, CudaRecorder, Piece, Recorder, Step, StepRefused, activated
@@ -34,7 +34,10 @@ _log = logging.getLogger(__name__)
 MOST_TOKENS = 16
 MOST_SHAPES = 4
 """Shapes of decode steps recorded per model: batches of beams, speculative tokens."""
+MOST_SEEN = 64
 CAPTURING = "transformers.utils.output_capturing"
+_OF_MEMORY = (torch.OutOfMemoryError, GpuOutOfMemory, TierError, TransferError)
+"""What these say is true of the step however it is run, and nothing of its recording."""
 AGREE = 8
 """Roundings by which a replayed step may differ from the model's own: another order of sums."""
 
@@ -92,22 +95,32 @@ class StepGraphs:
         length = int(cache.get_seq_length())
         recipe = _recipe(kwargs.get("attention_mask"), length, ids.shape[1])
         key = (tuple(ids.shape), ids.device, tuple(given), tuple(sorted(_others(kwargs).items())))
+        found = self._steps.get(key)
+        if found is None and not self._comes_again(key):
+            return self._forward(*args, **kwargs)
         try:
-            found = self._steps.get(key)
             if found is None:
-                if len(self._steps) >= MOST_SHAPES or key not in self._seen:
-                    self._seen.add(key)
-                    return self._forward(*args, **kwargs)
                 return self._record(key, kwargs, given, recipe, length)
             if not found.checked:
                 return self._check(found, kwargs, given, recipe, length)
         except (StepRefused, RuntimeError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, DiskError)):
+            if isinstance(error, _OF_MEMORY):
                 raise
             self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
             self._go_back(cache, length)
             return self._forward(*args, **kwargs)
         return self._replay(found, cache, given, recipe)
+
+    def _comes_again(self, key: tuple[Any, ...]) -> bool:
+        """Whether a step like this one was seen before, and there is room to record it."""
+        if len(self._steps) >= MOST_SHAPES:
+            return False
+        if key in self._seen:
+            return True
+        if len(self._seen) >= MOST_SEEN:  # a caller who passes something else with every step
+            self._seen.clear()
+        self._seen.add(key)
+        return False
 
     def _recordable(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -236,6 +249,7 @@ class StepGraphs:
     def _give_up(self, why: str) -> None:
         self.refused = why
         self._steps.clear()
+        self._seen.clear()
         _log.info("decode steps of %s are not replayed: %s", type(self._model).__name__, why)
 
     def _go_back(self, cache: HeadCache, length: int) -> None:

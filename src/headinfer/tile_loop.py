@@ -54,10 +54,10 @@ class TileLoop:
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)
-        # Where nothing came before there is but one shape: all heads over a square.
-        apart = length > rows and heads_apart(
-            query, layer.shape.num_kv_heads, self._settings.attention
-        )
+        # Resident layers are alike, and where nothing came before there is but one shape: all heads
+        # over a square.
+        apart = bool(layer.offloaded) and length > rows
+        apart = apart and heads_apart(query, layer.shape.num_kv_heads, self._settings.attention)
         call = _Call(layer, link, length, query, q, out, apart)
         if layer.offloaded:
             self._foresee(call)

@@ -371,17 +371,23 @@ def _with_host(plan: Plan, options: Options) -> Plan:
         return with_spill(plan, size)
     budget = plan.budget.host_bytes
     if budget is not None and size > budget:
-        raise host_too_small(plan, tokens, size, budget, disk_helps=_disk_helps(plan, options))
+        raise host_too_small(
+            plan, tokens, size, budget, disk_helps=_disk_helps(plan, options, size)
+        )
     return replace(plan, host_bytes=size)
 
 
-def _disk_helps(plan: Plan, options: Options) -> bool:
-    """Whether what was asked for fits with a disk that has room."""
-    budget = replace(options.budget, disk_bytes=None)
+def _disk_helps(plan: Plan, options: Options, size: int) -> bool:
+    """Whether `plan`, of which `size` bytes do not stay on the GPU, fits with a disk that has room."""
+    budget = replace(plan.budget, disk_bytes=None)
+    asked = replace(options, disk="FOLDER", budget=budget)
     try:
-        _plan(
-            plan.geometry, replace(options, disk="FOLDER", budget=budget), plan.device, plan.batch
-        )
+        if plan.device == "cpu" and not plan.staging:
+            plan_on_cpu(plan.geometry, asked, plan.batch, chunk=plan.chunk_tokens)
+        else:
+            buffers = _buffers(plan.geometry, asked, plan.slot_bytes, plan.num_slots)
+            on_disk = replace(plan, budget=budget, disk="FOLDER", disk_buffer_bytes=buffers)
+            with_spill(on_disk, size)
     except (BudgetTooSmall, InputError):
         return False
     return True

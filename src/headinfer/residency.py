@@ -55,14 +55,11 @@ def _that_fit(geometry: Geometry, tokens: int, batch: int, room: int) -> tuple[i
     """
     residents = list(residents_of(geometry, 0))
     for index in _spread_out(len(residents)):
-        for heads in range(offloadable_heads(geometry.layers[index]), 0, -1):
-            more = [*residents[:index], heads, *residents[index + 1 :]]
-            if bytes_of_residents(geometry, tuple(more), tokens, batch) <= room:
-                break
-        else:
-            heads = 0
-        residents[index] = heads
-        if 0 < heads < offloadable_heads(geometry.layers[index]):
+        layer = geometry.layers[index]
+        head, whole = batch * layer.head_bytes(tokens, geometry.itemsize), offloadable_heads(layer)
+        residents[index] = min(whole, room // head) if head else whole
+        room -= residents[index] * head
+        if 0 < residents[index] < whole:
             break
     return tuple(residents)
 

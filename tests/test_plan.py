@@ -409,6 +409,25 @@ def test_sizes_that_look_alike_are_told_apart():
     )
 
 
+def test_layers_that_keep_every_token_are_spread_among_themselves():
+    """Every sixth layer of some models does; the others stay stock."""
+    full = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
+    stock = replace(full, kind=LayerKind.SLIDING, window=1024)
+    layers = tuple(full if index % 6 == 5 else stock for index in range(48))
+    geometry = Geometry(layers, 2, 4096, 14336, 128256, 10 * GIB, 8192, "hybrid")
+    tokens = 2**18
+    least = make_plan(
+        geometry, options(60 * GIB, expected_tokens=tokens, resident_heads=0), device="cuda"
+    )
+    asked = options(
+        least.gpu_bytes + 4 * full.kv_bytes(tokens, 2) + MIB,
+        expected_tokens=tokens,
+        chunk_tokens=least.chunk_tokens,
+    )
+    heads = make_plan(geometry, asked, device="cuda").resident_heads
+    assert [heads[index] for index in range(5, 48, 6)] in ([8, 0] * 4, [0, 8] * 4)
+
+
 def test_more_gpu_memory_as_named_holds_the_residents_asked_for():
     how = {"expected_tokens": 131_072, "resident_heads": 1}
     with pytest.raises(BudgetTooSmall) as caught:

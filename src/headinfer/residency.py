@@ -54,12 +54,14 @@ def _that_fit(geometry: Geometry, tokens: int, batch: int, room: int) -> tuple[i
     the ring fills.
     """
     residents = list(residents_of(geometry, 0))
-    for index in _spread_out(len(residents)):
-        layer = geometry.layers[index]
+    places = [place for place, layer in enumerate(geometry.layers) if offloadable_heads(layer)]
+    for turn in _spread_out(len(places)):
+        layer = geometry.layers[places[turn]]
         head, whole = batch * layer.head_bytes(tokens, geometry.itemsize), offloadable_heads(layer)
-        residents[index] = min(whole, room // head) if head else whole
-        room -= residents[index] * head
-        if 0 < residents[index] < whole:
+        heads = min(whole, room // head) if head else whole
+        residents[places[turn]] = heads
+        room -= heads * head
+        if 0 < heads < whole:
             break
     return tuple(residents)
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -92,14 +93,13 @@ class Gpu:
             text=True,
         )
         first = threading.Event()
-        threading.Thread(target=self._read, args=(first,), daemon=True).start()
+        lines = self._asked.stdout or ()
+        threading.Thread(target=self._read, args=(lines, first), daemon=True).start()
         first.wait(10)
         return self
 
-    def _read(self, first: threading.Event) -> None:
-        assert self._asked is not None
-        assert self._asked.stdout is not None
-        for line in self._asked.stdout:
+    def _read(self, lines: Iterable[str], first: threading.Event) -> None:
+        for line in lines:
             if line.strip().isdigit():
                 self.latest = int(line) * MIB
                 self.peak = max(self.peak or 0, self.latest)

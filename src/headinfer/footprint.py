@@ -13,10 +13,12 @@ from headinfer.layout import BLOCK_TOKENS, aligned
 from headinfer.options import Options
 from headinfer.packing import packs
 
-SLOT_BYTES = 32 * MIB
-"""One KV head of 128 dims over 64K tokens in bf16: long enough for full transfer rate, and for a
-kernel launch to take less time than the copy."""
-NUM_SLOTS = 5
+SLOT_BYTES = 64 * MIB
+"""One KV head of 128 dims over 128K tokens in bf16: long enough for the launches of a tile to take
+less time than its copy on slow hosts too."""
+NUM_SLOTS = 3
+"""One that is attended, one that is there, one on its way."""
+WRITE_BYTES = 16 * MIB
 LEAST_SLOTS = 2
 LEAST_SLOT_BYTES = MIB // 4
 WORKSPACE_BYTES = 192 * MIB
@@ -47,7 +49,7 @@ def slots_of(options: Options) -> tuple[int, int]:
 
 
 def write_buffer_bytes(geometry: Geometry, options: Options, chunk: int, batch: int) -> int:
-    """One chunk of the widest layer, at most 32 MiB: longer chunks pass in pieces."""
+    """One chunk of the widest layer, at most `WRITE_BYTES`: longer chunks pass in pieces."""
     widest = max(
         (layer.kv_bytes(BLOCK_TOKENS, geometry.itemsize) for layer in geometry.full_layers),
         default=0,
@@ -55,7 +57,7 @@ def write_buffer_bytes(geometry: Geometry, options: Options, chunk: int, batch: 
     blocks = -(-chunk // BLOCK_TOKENS) + 1
     # Encoded blocks stand beside the plain ones.
     least = batch * widest * (2 if options.kv_format == LOSSLESS.name else 1)
-    return max(min(batch * widest * blocks, 32 * MIB), aligned(least)) + aligned(1)
+    return max(min(batch * widest * blocks, WRITE_BYTES), aligned(least)) + aligned(1)
 
 
 def unpacked_bytes(geometry: Geometry, options: Options, slot_bytes: int, batch: int) -> int:

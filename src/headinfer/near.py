@@ -10,7 +10,7 @@ Which heads, and whether at all, is the runner's decision.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headinfer.attention import native
 from headinfer.attention.api import AUTO
-from headinfer.attention.masks import on_host
+from headinfer.attention.masks import Block, on_host
 from headinfer.attention.native_job import KeyRun, NativeJob, PackedKeys
 from headinfer.attention.types import AttentionSpec, Partial
 from headinfer.heads import OffloadedHeads, PackedPiece, Piece
@@ -65,6 +65,7 @@ class NearData:
         self._buffers: dict[str, Tensor] = {}
         self._finished: list[Finished] = []
         self._stream: HostStream | None = None
+        self._listed: dict[int, _Listed] = {}
         moves = engine.inner if isinstance(engine, DiskEngine) else engine
         if isinstance(moves, CudaEngine) and attention == AUTO and _native_in_streams():
             self._stream = HostStream(device)
@@ -86,9 +87,9 @@ class NearData:
         per_kv = q.shape[1] // heads.shape.num_kv_heads
         q = q[:, group.start * per_kv : group.stop * per_kv]
         if self._stream is not None:
-            runs = _runs(heads, group, length, q, call)
-            if runs is not None:
-                return self._in_stream(self._stream, runs, heads, q, call)
+            listed = self._list(heads, group, length, q, call)
+            if listed is not None:
+                return self._in_stream(self._stream, listed, heads, q, call)
         # Both buffers are free: the stream has passed the last upload when these queries exist,
         # and the last job is over.
         down = self._buffer("q", q.shape, q.dtype)
@@ -123,7 +124,8 @@ class NearData:
         )
 
     def settle(self) -> None:
-        """Return when every job is over."""
+        """Return when every job is over; what is stored may change then."""
+        self._listed.clear()
         if self._stream is not None:
             self._stream.drain()
 
@@ -132,26 +134,53 @@ class NearData:
         self.settle()
         self._thread.shutdown()
 
+    def _list(
+        self, heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
+    ) -> _Listed | None:
+        """The keys of a job in the stream; None where it has to be one of the thread. A token of a
+        decode asks for the same as the one before, until a block is full."""
+        how = group, length, heads.store.epoch, q.shape, q.dtype, call.scale, call.softcap
+        # A mask could hide others of them each time.
+        plain = _sees_all(call, q.shape[2], length)
+        found = self._listed.get(id(heads))
+        if found is not None and found.heads is heads and found.how == how and plain:
+            return found
+        runs = _runs(heads, group, length, q, call)
+        if runs is None:
+            return None
+        nbytes = sum(run.k.nbytes + run.v.nbytes for run in runs)
+        found = _Listed(heads, how, runs, nbytes)
+        if plain:
+            self._listed[id(heads)] = found
+        return found
+
     def _in_stream(
-        self,
-        stream: HostStream,
-        runs: Sequence[KeyRun | PackedKeys],
-        heads: OffloadedHeads,
-        q: Tensor,
-        call: Query,
+        self, stream: HostStream, listed: _Listed, heads: OffloadedHeads, q: Tensor, call: Query
     ) -> NearJob:
         self._finished += stream.finished()
-        nbytes = sum(run.k.nbytes + run.v.nbytes for run in runs)
         num_threads = max(1, min(native.threads(), torch.get_num_threads() - SPARED_THREADS))
 
         def job_for(down: Tensor, found: Partial) -> NativeJob:
-            return NativeJob(
-                down, runs, found, scale=call.scale, softcap=call.softcap, num_threads=num_threads
-            )
+            last = listed.job
+            at = down.data_ptr(), found.out.data_ptr()
+            if last is not None and last.at == at and last.num_threads == num_threads:
+                listed.job = last.again()
+            else:
+                listed.job = NativeJob(
+                    down,
+                    listed.runs,
+                    found,
+                    scale=call.scale,
+                    softcap=call.softcap,
+                    num_threads=num_threads,
+                )
+            return listed.job
 
         after = [cast(torch.cuda.Event, heads.last_write)]
-        self.attended_bytes += nbytes
-        return StreamJob(stream.submit(q, call.value_dim, job_for, after=after, nbytes=nbytes))
+        self.attended_bytes += listed.nbytes
+        return StreamJob(
+            stream.submit(q, call.value_dim, job_for, after=after, nbytes=listed.nbytes)
+        )
 
     def _run(self, work: _Work) -> tuple[Partial, float, float, int]:
         for ticket in work.after:
@@ -209,6 +238,22 @@ class _Work:
     query: Query
     found: Partial
     after: tuple[Ticket, ...]
+
+
+@dataclass(slots=True)
+class _Listed:
+    """What a job in the stream attends.
+
+    Attributes:
+        how: what the list depends on.
+        job: the last one made of it.
+    """
+
+    heads: OffloadedHeads
+    how: tuple[object, ...]
+    runs: list[KeyRun | PackedKeys]
+    nbytes: int
+    job: NativeJob | None = None
 
 
 class NearJob(Protocol):
@@ -290,6 +335,17 @@ class StreamJob:
 
 def _native_in_streams() -> bool:
     return native.why_absent() is None and why_no_host_functions() is None
+
+
+def _sees_all(call: Query, rows: int, length: int) -> bool:
+    """Whether nothing hides one of the first `length` keys from one of `rows` rows."""
+    blocks = list(call.recipe.blocks((0, rows), (0, length)))
+    return len(blocks) == 1 and _hides_nothing(blocks[0], (0, rows), (0, length))
+
+
+def _hides_nothing(block: Block, rows: tuple[int, int], keys: tuple[int, int]) -> bool:
+    plain = block.bias is None and block.window is None and not block.causal
+    return plain and (block.rows, block.keys) == (rows, keys)
 
 
 def _runs(

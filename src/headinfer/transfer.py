@@ -8,11 +8,13 @@ nothing of heads, plans or formats: a tile is an opaque key, and the caller list
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache, cached_property
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -42,6 +44,26 @@ class Copy(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.dst.nbytes
+
+
+class Moves(list[Copy]):
+    """Copies asked for again and again, not to be changed: what they are is looked up once."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(copy.nbytes for copy in self)
+
+    @cached_property
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """Where each goes, where it comes from, and bytes; its tensors are contiguous."""
+        return [(copy.dst.data_ptr(), copy.src.data_ptr(), copy.nbytes) for copy in self]
+
+
+def total_bytes(copies: Sequence[Copy]) -> int:
+    """Bytes that all of `copies` move."""
+    if isinstance(copies, Moves):
+        return copies.nbytes
+    return sum(copy.nbytes for copy in copies)
 
 
 class Ticket(Protocol):
@@ -117,25 +139,41 @@ class CudaEngine:
         self.device = device
         self.in_rate: float | None = None
         self._lanes = {lane: torch.cuda.Stream(device) for lane in Lane}
+        self._index = self._lanes[Lane.IN].device_index
         self._timed: tuple[torch.cuda.Event, torch.cuda.Event, int] | None = None
 
     def submit(self, copies: Sequence[Copy], *, lane: Lane, after: Sequence[Ticket] = ()) -> Ticket:
         stream = self._lanes[lane]
-        nbytes = sum(copy.nbytes for copy in copies) if lane is Lane.IN else 0
+        nbytes = total_bytes(copies) if lane is Lane.IN else 0
         timed = nbytes >= TIMED_BYTES and self._ready_to_time()
-        with torch.cuda.stream(stream):
-            for ticket in after:
-                stream.wait_event(cast(torch.cuda.Event, ticket))
-            begun = torch.cuda.Event(enable_timing=timed)
-            if timed:
-                begun.record(stream)
-            for copy in copies:
-                copy.dst.copy_(copy.src, non_blocking=True)
-            done = torch.cuda.Event(enable_timing=timed)
-            done.record(stream)
+        for ticket in after:
+            stream.wait_event(cast(torch.cuda.Event, ticket))
+        begun = torch.cuda.Event(enable_timing=timed)
+        if timed:
+            begun.record(stream)
+        self._enqueue(copies, stream)
+        done = torch.cuda.Event(enable_timing=timed)
+        done.record(stream)
         if timed:
             self._timed = begun, done, nbytes
         return done
+
+    def _enqueue(self, copies: Sequence[Copy], stream: torch.cuda.Stream) -> None:
+        by_address = _memcpy() if isinstance(copies, Moves) else None
+        # The driver copies within its current context, which is that of torch's current device.
+        if by_address is None or torch.cuda.current_device() != self._index:
+            with torch.cuda.stream(stream):
+                for copy in copies:
+                    copy.dst.copy_(copy.src, non_blocking=True)
+            return
+        handle = stream.cuda_stream
+        for dst, src, nbytes in cast(Moves, copies).addresses:
+            status = by_address(dst, src, nbytes, handle)
+            if status:
+                raise TransferError(
+                    f"the CUDA driver refused a copy of {nbytes} B to {self.device} (status "
+                    f"{status}); if the device has failed, a new process is needed"
+                )
 
     def _ready_to_time(self) -> bool:
         """Take the last measurement if it is there; one at a time is measured."""
@@ -154,11 +192,11 @@ class CudaEngine:
 
     def fence(self) -> Ticket:
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(torch.cuda.current_stream(self._index))
         return event
 
     def wait(self, ticket: Ticket) -> None:
-        torch.cuda.current_stream(self.device).wait_event(cast(torch.cuda.Event, ticket))
+        torch.cuda.current_stream(self._index).wait_event(cast(torch.cuda.Event, ticket))
 
     def done(self, ticket: Ticket, *, block: bool) -> bool:
         event = cast(torch.cuda.Event, ticket)
@@ -169,6 +207,19 @@ class CudaEngine:
     def drain(self) -> None:
         for stream in self._lanes.values():
             stream.synchronize()
+
+
+@cache
+def _memcpy() -> Callable[[int, int, int, int], int] | None:
+    """cuMemcpyAsync, which costs the host half of what a copy between tensors does; None where the
+    driver is not found."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
 
 
 @dataclass(slots=True)
@@ -271,5 +322,5 @@ class StagingRing:
         copies, after = self._load(tile, slot.buffer)
         landed = self._engine.submit(copies, lane=Lane.IN, after=[slot.free_after, *after])
         self._staged.append(_Staged(tile, slot, landed))
-        self.loaded_bytes += sum(copy.nbytes for copy in copies)
+        self.loaded_bytes += total_bytes(copies)
         self.loaded_tiles += 1

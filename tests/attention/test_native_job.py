@@ -110,6 +110,22 @@ def test_it_runs_on_any_thread_and_says_when():
     assert before <= started < ended <= time.perf_counter()
 
 
+def test_a_job_again_reads_what_is_there_then_and_has_times_of_its_own():
+    q, k, v = make(torch.bfloat16)
+    (first, job), how = attended(q, k, v, [300]), {"cuts": [300]}
+    expected = first.out.clone()
+    times, second = job.times(), job.again()
+    with pytest.raises(InputError):
+        second.times()
+    q.mul_(-1)
+    second.run()
+    assert second.address != job.address
+    assert job.times() == times
+    assert second.times()[0] >= times[1]
+    assert not torch.equal(first.out, expected)
+    assert torch.equal(first.out, attended(q, k, v, **how)[0].out)
+
+
 def test_a_job_that_did_not_run_or_failed_raises_and_leaves_nan():
     q, k, v = make(torch.float32)
     found = place(q, v.shape[-1])

@@ -610,3 +610,30 @@ def test_what_host_memory_has_no_room_for_names_a_budget_that_works():
     while enough.length <= filled.length:
         enough.put()
     enough.finish()
+
+
+@pytest.mark.parametrize(("dims", "calls"), [((16, 16), 1), ((16, 32), 2)])
+def test_keys_and_values_of_a_tile_are_unpacked_in_one_call_where_blocks_are_alike(
+    monkeypatch, dims, calls
+):
+    tiles, decoded = [], []
+    decode, unpack = Codec.decode, PackedHeads.unpack
+
+    def counted(self, slots, out, layer):
+        decoded.append(layer)
+        return decode(self, slots, out, layer)
+
+    def taken(self, tile, slot):
+        tiles.append(tile.layer)
+        return unpack(self, tile, slot)
+
+    monkeypatch.setattr(Codec, "decode", counted)
+    monkeypatch.setattr(PackedHeads, "unpack", taken)
+    # Where tiles are of whole blocks in number, keys end where values begin.
+    pair = Pair("cpu", "staged", dims=dims, kind="mixed", slot_bytes=2**19)
+    pair.forward(16 * 128, 1)
+    for _ in range(3):
+        pair.forward(1, 1)
+    assert tiles
+    assert decoded == [layer for layer in tiles for _ in range(calls)]
+    pair.finish()

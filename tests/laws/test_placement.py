@@ -9,6 +9,7 @@ place, staged, partly resident, with copies that run as late as allowed and NaN-
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import tempfile
 
@@ -17,6 +18,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headinfer import near
+from headinfer.attention import native
 from headinfer.attention.masks import Causal
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError
@@ -24,11 +27,13 @@ from headinfer.heads import OffloadedHeads
 from headinfer.layer import DiskSettings, RunnerSettings
 from headinfer.runner import Runner
 from headinfer.testing.disks import Trouble
-from headinfer.testing.engines import DeferredEngine, DelayedCudaEngine
+from headinfer.testing.engines import DeferredEngine, DeferredHostStream, DelayedCudaEngine
 from headinfer.testing.numerics import check, eager, oracle
 from headinfer.totals import Query
+from headinfer.transfer import Copy, Moves, total_bytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+needs_native = pytest.mark.skipif(native.why_absent() is not None, reason=str(native.why_absent()))
 LAYERS = 3
 NEAR = {"near half": 0.5, "near": 1.0, "near and resident": 0.7}
 # Heads that stay above the disk, and the host budget: where the CPU computes, and where it does not.
@@ -315,7 +320,8 @@ def test_the_ring_prefetches_across_layers_and_passes():
     assert moved.dropped_tiles == start.dropped_tiles
 
 
-def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypatch):
+@pytest.mark.parametrize("slot_bytes", [2**14, 2**11])  # 4 and 64 tiles a layer
+def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypatch, slot_bytes):
     """Nothing is sliced again until what is stored changes, and then nothing old is kept."""
     made = []
     load = OffloadedHeads.load
@@ -325,7 +331,7 @@ def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypa
         return load(self, tile, slot)
 
     monkeypatch.setattr(OffloadedHeads, "load", counted)
-    runner = make_runner("cpu", placement="staged", num_slots=2, slot_bytes=2**14)
+    runner = make_runner("cpu", placement="staged", num_slots=2, slot_bytes=slot_bytes)
     driver = Driver(runner, "cpu")
     driver.forward(512, 1)
     for _ in range(8):  # every tile has been in every slot
@@ -340,6 +346,52 @@ def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypa
     driver.forward(1, 1)
     assert made
     driver.check_bytes()
+
+
+@needs_native
+def test_tokens_that_follow_take_the_list_of_keys_of_the_cpu_as_it_was_made(monkeypatch):
+    """Until a block is full or what is stored changes; the answers are those of fresh lists."""
+    made = []
+
+    def counted(*args):
+        made.append(args)
+        return runs_of(*args)
+
+    runs_of = near._runs
+    monkeypatch.setattr(near, "_runs", counted)
+    runner = make_runner("cpu", placement="near half", late=False)
+    driver = Driver(runner, "cpu")
+    driver.forward(500, 1)
+    (link,) = runner.links
+    link.near._stream = stream = DeferredHostStream(link.engine)
+    for _ in range(10):
+        driver.forward(1, 1)
+    assert len(made) == LAYERS
+    for _ in range(10):  # 512 tokens are a block more
+        driver.forward(1, 1)
+    assert len(made) == 2 * LAYERS
+    driver.crop(300)
+    assert not link.near._listed
+    driver.forward(1, 1)
+    driver.reorder([0, 0])
+    driver.forward(1, 2)  # in an order that is not that of the stream
+    assert len(made) == 4 * LAYERS
+    assert stream.given == 21 * LAYERS
+    driver.finish()
+
+
+def test_copies_that_come_again_know_where_they_go():
+    """By address, as a driver copies, they are what they are as tensors."""
+    there = torch.arange(40.0).view(4, 10)
+    here = torch.zeros(4, 10)
+    moves = Moves([Copy(here[1, 2:7], there[0, :5]), Copy(here[3], there[2])])
+    for dst, src, nbytes in moves.addresses:
+        ctypes.memmove(dst, src, nbytes)
+    expected = torch.zeros(4, 10)
+    for copy in moves:
+        expected.view(-1)[copy.dst.storage_offset() :][: copy.dst.numel()] = copy.src
+    assert torch.equal(here, expected)
+    assert moves.nbytes == total_bytes(moves) == total_bytes(list(moves)) == 15 * 4
 
 
 def test_heads_are_demoted_as_the_budget_fills_and_the_limit_holds():

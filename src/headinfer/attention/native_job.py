@@ -5,6 +5,7 @@ no interpreter: whoever runs it calls a plain function with a plain address.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import struct
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ class NativeJob:
 
     Attributes:
         address: the argument of `NativeJob.function()`.
+        at: addresses of q and of the result.
+        num_threads: of each call.
     """
 
     def __init__(
@@ -109,12 +112,23 @@ class NativeJob:
             self._held.extend(held)
         self._held += [q, *found]
         self._calls = ctypes.create_string_buffer(b"".join(calls))
-        job = _JOB.pack(
+        self._fresh = _JOB.pack(
             ctypes.addressof(self._calls), ctypes.addressof(self._packed),
             found.out.data_ptr(), found.lse.data_ptr(), 0.0, 0.0, len(runs), -1,
         )  # fmt: skip
-        self._job = ctypes.create_string_buffer(job)
+        self.at = q.data_ptr(), found.out.data_ptr()
+        self.num_threads = count
+        self._begin()
+
+    def _begin(self) -> None:
+        self._job = ctypes.create_string_buffer(self._fresh)
         self.address = ctypes.addressof(self._job)
+
+    def again(self) -> NativeJob:
+        """The same job once more, with times of its own; this one runs before it or not at all."""
+        twin = copy.copy(self)
+        twin._begin()
+        return twin
 
     @staticmethod
     def function() -> int:

@@ -27,7 +27,11 @@ from headinfer.tiers import HostTier
 
 HEADS, PER_KV, DIM = 8, 4, 128
 TILE_BLOCKS = 512
-"""One KV head over 64K tokens: keys or values of a tile as the plan cuts them."""
+"""One KV head over 64K tokens: half of the keys or values of a tile as the plan cuts them."""
+
+STREAM_ROUNDS = 8
+"""A GiB of keys: the last tile is unpacked when nothing is on its way any more, which is no part of
+a rate."""
 
 
 def packed_rows(
@@ -119,7 +123,7 @@ def _streams(case: Case, context: int, deadline: Deadline) -> Iterator[Row]:
     free = [torch.cuda.Event() for _ in range(2)]
 
     def stream(packed_ones: bool) -> None:
-        for turn in range(2 * values.shape[0]):
+        for turn in range(STREAM_ROUNDS * values.shape[0]):
             head, slot = turn % values.shape[0], turn % 2
             to = landing[slot][1 if packed_ones else 0]
             with torch.cuda.stream(lane):
@@ -137,7 +141,14 @@ def _streams(case: Case, context: int, deadline: Deadline) -> Iterator[Row]:
         "packed stream": lambda: stream(True),
     }
     for name, found in _in_turns(work, device, case.repeats, deadline).items():
-        row = Row(case.name, name, context, "stream", "s", moved_bytes={"bf16": 2 * values.nbytes})
+        row = Row(
+            case.name,
+            name,
+            context,
+            "stream",
+            "s",
+            moved_bytes={"bf16": STREAM_ROUNDS * values.nbytes},
+        )
         yield filled(row, found)
 
 

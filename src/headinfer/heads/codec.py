@@ -138,6 +138,10 @@ class Codec:
             found.fill_(0xFF)
         return found
 
+    def holds(self, buffer: Tensor) -> bool:
+        """Whether `scratch` gave that memory and will give it again."""
+        return bool(self.unpacked.numel()) and buffer.data_ptr() == self.unpacked.data_ptr()
+
     def pack_on_host(self, values: Tensor, run: PackedRun) -> None:
         """values [h, b, blocks x 128, d] in host memory are in `run`'s slots, there too; from any
         thread, while nothing else is encoded.

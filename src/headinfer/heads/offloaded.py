@@ -18,14 +18,14 @@ from headinfer.layout import BLOCK_TOKENS, HeadGroup, Span, Tile, aligned
 from headinfer.store import Append, Crop, Run, SpanStore, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
-from headinfer.transfer import Copy, Lane, Ticket, TransferEngine
+from headinfer.transfer import Copy, Lane, Moves, Ticket, TransferEngine
 
 CACHED_VIEWS = 64
 """Slots are few and tiles of a pass have few shapes: their views are made once."""
 
-CACHED_LOADS = 64
-"""Lists of copies that a range keeps: what one layer streams, in each slot of the ring. Longer
-contexts have more, and so long a way over the link that making them again does not show."""
+CACHED_LOADS = 256
+"""Lists of copies that a range keeps: what a layer of 8 heads streams of a million tokens, in each
+slot of the ring. Too few would be worse than none, as tiles come round in order."""
 
 
 class WriteBuffers:
@@ -100,7 +100,7 @@ class OffloadedHeads:
         self._format = fmt
         self._tail: tuple[Tensor, Tensor] | None = None
         self._view_cache: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._load_cache: dict[tuple[Tile, int], list[Copy]] = {}
+        self._load_cache: dict[tuple[Tile, int], Moves] = {}
         self.last_write: Ticket = engine.fence()
         self._tail_free_after: Ticket = self.last_write
 
@@ -202,7 +202,7 @@ class OffloadedHeads:
             else:
                 yield from pieces_of(run, k, v, self.shape)
 
-    def load_again(self, tile: Tile, slot: Tensor) -> list[Copy]:
+    def load_again(self, tile: Tile, slot: Tensor) -> Moves:
         """As `load`, for a slot of the ring: every token of a decode asks for the same tiles, and
         slicing memory takes longer than enqueueing a copy. The list is not to be changed."""
         place = tile, slot.data_ptr()
@@ -210,7 +210,7 @@ class OffloadedHeads:
         if found is None:
             if len(self._load_cache) >= CACHED_LOADS:
                 self._load_cache.clear()
-            found = self._load_cache[place] = self.load(tile, slot)
+            found = self._load_cache[place] = Moves(self.load(tile, slot))
         return found
 
     def load(self, tile: Tile, slot: Tensor) -> list[Copy]:

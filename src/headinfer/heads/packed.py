@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from headinfer.errors import CacheStateError, InputError
 from headinfer.formats.exact import ExactFormat
 from headinfer.heads.codec import Codec
 from headinfer.heads.memory import KVShape, Piece, SavedLayer
-from headinfer.heads.offloaded import OffloadedHeads, WriteBuffers
+from headinfer.heads.offloaded import CACHED_VIEWS, OffloadedHeads, WriteBuffers
 from headinfer.heads.packed_in_place import PackedInPlace
 from headinfer.heads.packed_memory import Entries, Held, PackedMemory, dropped, held, in_blocks
 from headinfer.heads.packed_pieces import PackedPiece
@@ -30,6 +30,14 @@ from headinfer.store import Append, Crop, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
 from headinfer.transfer import Copy, Lane, TransferEngine
+
+
+class _Unpacking(NamedTuple):
+    """What is decoded into what, and keys and values [b, h, t, d] as they then lie there."""
+
+    runs: list[tuple[Tensor, Tensor]]
+    k: Tensor
+    v: Tensor
 
 
 class PackedHeads(OffloadedHeads):
@@ -61,6 +69,7 @@ class PackedHeads(OffloadedHeads):
         )
         self.codec = codec
         self._memory = PackedMemory(tier, shape, heads, codec, layer)
+        self._unpackings: dict[tuple[int, ...], _Unpacking] = {}
         # Compute is at once and reads host memory: a slot is attended as it is.
         self._packed_slots = isinstance(engine, DiskEngine) and engine.straight
 
@@ -112,8 +121,8 @@ class PackedHeads(OffloadedHeads):
     def unpack(self, tile: Tile, slot: Tensor) -> Any:
         """The tile for compute to read: decoded, or packed where that attends it as it is."""
         heads, batch, tokens = tile.group.heads, self.store.batch, tile.span.tokens
-        packed = self._packed_views(slot, heads, batch, tokens)
         if self._packed_slots and tile.layer >= 0:
+            packed = self._packed_views(slot, heads, batch, tokens)
             k, v = (
                 PackedRun(slots, self.codec.overflow(layout.dim))
                 for slots, layout in zip(packed, self._memory.layouts, strict=True)
@@ -121,15 +130,45 @@ class PackedHeads(OffloadedHeads):
             return PackedPiece(tile.span.start, tokens, k, v, scratch=self.codec.scratch)
         whole = _whole(tile.span).tokens
         nbytes = heads * self.shape.token_bytes(batch) * whole + aligned(1)
-        if tile.layer >= 0:
-            found = self._views(self.codec.scratch(nbytes), heads, batch, whole)
-        else:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            found = self._new_views(buffer, heads, batch, whole)
-        for slots, out in zip(packed, found, strict=True):
+        buffer = self._buffer_for(tile, nbytes)
+        place = slot.data_ptr(), buffer.data_ptr(), heads, batch, tokens
+        found = self._unpackings.get(place)
+        if found is None:
+            found = self._unpacking(slot, buffer, heads, batch, tokens)
+            # Of buffers that do not stay, a view kept would keep the memory.
+            if tile.layer >= 0 and self.codec.holds(buffer):
+                if len(self._unpackings) >= CACHED_VIEWS:
+                    self._unpackings.clear()
+                self._unpackings[place] = found
+        for slots, out in found.runs:
             self.codec.decode(slots, out, tile.layer)
-        plain_k, plain_v = (x[:, :, :tokens].transpose(0, 1) for x in found)
-        return Piece(tile.span.start, plain_k, plain_v)
+        return Piece(tile.span.start, found.k, found.v)
+
+    def _buffer_for(self, tile: Tile, nbytes: int) -> Tensor:
+        if tile.layer >= 0:
+            return self.codec.scratch(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def _unpacking(
+        self, slot: Tensor, buffer: Tensor, heads: int, batch: int, tokens: int
+    ) -> _Unpacking:
+        """How `tokens` tokens in `slot` get into `buffer`: keys and values at once where they lie
+        one behind the other in both, as they do when their dims are the same."""
+        whole = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        packed = self._packed_views(slot, heads, batch, tokens)
+        plain = self._new_views(buffer, heads, batch, whole)
+        k, v = (x[:, :, :tokens].transpose(0, 1) for x in plain)
+        first, second = packed[0], plain[0]
+        behind = all(
+            one.shape[2:] == two.shape[2:] and one.data_ptr() + one.nbytes == two.data_ptr()
+            for one, two in (packed, plain)
+        )
+        if not behind:
+            return _Unpacking(list(zip(packed, plain, strict=True)), k, v)
+        runs = 2 * heads * batch
+        slots = bytes_as(slot, 0, (1, runs, *first.shape[2:]), torch.uint8)
+        out = bytes_as(buffer, 0, (1, runs, *second.shape[2:]), second.dtype)
+        return _Unpacking([(slots, out)], k, v)
 
     def stored_pieces(self, span: Span) -> list[Any]:
         return self._memory.stored_pieces(self.store, span)
@@ -149,6 +188,7 @@ class PackedHeads(OffloadedHeads):
 
     def clear(self) -> None:
         entries = self._entries(held(self.store))
+        self._unpackings.clear()
         super().clear()
         entries.give()
 

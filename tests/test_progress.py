@@ -120,6 +120,16 @@ def test_at_a_tenth_of_128k_the_remaining_time_is_known_within_a_tenth(
     assert all(abs(error) <= 0.03 for share, error in errors if share >= 0.6)
 
 
+@pytest.mark.parametrize("held_up", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_chunk_that_something_held_up_says_nothing_of_the_others(chunk, held_up):
+    """New host memory, kernels built for a first prefix, other processes: seen on an H200."""
+    seconds = simulated(1.0, 1.0, 1.0, 0.0, 0)
+    seconds[chunk] += held_up
+    errors = eta_errors(clock_of(0), seconds, CHUNK)
+    assert all(abs(error) <= 0.1 for share, error in errors if share >= 0.1)
+
+
 @pytest.mark.parametrize("slower", [0.5, 2.0, 4.0])
 def test_a_prediction_that_is_far_off_corrects_itself(slower):
     errors = eta_errors(clock_of(0), simulated(1.0, 1.0, slower, 0.3, 0), CHUNK)

@@ -56,6 +56,10 @@ NOISE = 0.03
 """Of a chunk's seconds, what comes and goes."""
 FIRST_NOISE = 0.5
 """... of the first one, in which memory is allocated and kernels are loaded."""
+TAILS = 4.0
+"""Degrees of freedom of what comes and goes: a chunk that is far off all the others says little."""
+ROUNDS = 6
+"""Of weighing chunks by how far off they are."""
 FADING = 0.9
 """Weight of a chunk for every one after it: machines get warm, others come and go."""
 
@@ -143,30 +147,27 @@ class PrefillClock:
         scale = 1.0 if self.measured else self._scale()
         if scale <= 0:
             return 0.0, 0.0
-        # The inverse of the prior's covariance [[t + u, t], [t, t + w]].
-        t, u, w = TOGETHER**2, BASE_APART**2, GROWTH_APART**2
-        det = (t + u) * (t + w) - t * t
-        aa, ab, bb = (t + w) / det, -t / det, (t + u) / det
-        pull_a, pull_b = aa + ab, ab + bb
-        for age, (base, growth, seconds) in enumerate(reversed(self._rows)):
-            first = age == len(self._rows) - 1 and age > 0 and self._begun == 0
-            noise = FIRST_NOISE if first else NOISE
-            base, growth, seconds = base * scale, growth * scale, max(seconds, 1e-9)
-            weight = FADING**age / (noise * max(seconds, base + growth)) ** 2
-            aa, ab, bb = (
-                aa + weight * base * base,
-                ab + weight * base * growth,
-                bb + weight * growth * growth,
-            )
-            pull_a += weight * base * seconds
-            pull_b += weight * growth * seconds
-        det = aa * bb - ab * ab
-        a = (pull_a * bb - pull_b * ab) / det
-        b = (pull_b * aa - pull_a * ab) / det
-        if a < 0:
-            a, b = 0.0, max(pull_b / bb, 0.0)
-        elif b < 0:
-            a, b = max(pull_a / aa, 0.0), 0.0
+        rows = [
+            (base * scale, growth * scale, max(seconds, 1e-9))
+            for base, growth, seconds in self._rows
+        ]
+        noise = [NOISE] * len(rows)
+        if len(rows) > 1 and self._begun == 0:
+            noise[0] = FIRST_NOISE
+        # No chunk takes less than its base, whatever held up the others.
+        most = min(
+            ((1 + 2 * NOISE) * seconds / base for base, _, seconds in rows if base), default=None
+        )
+        weights, trust = [1.0] * len(rows), 1.0
+        for _ in range(ROUNDS):
+            a, b = _posterior(rows, noise, weights, most, trust)
+            # A machine that is far off altogether is believed, rather than every chunk doubted.
+            together = min(a - 1, b - 1, key=abs) / TOGETHER
+            trust = 1 / (1 + together * together / TAILS)
+            for place, (base, growth, seconds) in enumerate(rows):
+                expected = a * base + b * growth
+                off = (seconds - expected) / (noise[place] * max(expected, 1e-9))
+                weights[place] = 1 / (1 + off * off / TAILS)
         return a * scale, b * scale
 
     def _scale(self) -> float:
@@ -190,6 +191,38 @@ class PrefillClock:
             if linear < 0:
                 return 0.0, max(ws / ww, 0.0)
         return ns / nn, 0.0
+
+
+def _posterior(
+    rows: Sequence[tuple[float, float, float]],
+    noise: Sequence[float],
+    weights: Sequence[float],
+    most: float | None,
+    trust: float,
+) -> tuple[float, float]:
+    """The posterior mean of (a, b) given rows of base, growth, seconds; `a` at most `most`, neither
+    below 0. What predictions are off as a whole has a variance of TOGETHER^2 / `trust`."""
+    # The inverse of the prior's covariance [[t + u, t], [t, t + w]].
+    t, u, w = TOGETHER**2 / trust, BASE_APART**2, GROWTH_APART**2
+    det = (t + u) * (t + w) - t * t
+    aa, ab, bb = (t + w) / det, -t / det, (t + u) / det
+    pull_a, pull_b = aa + ab, ab + bb
+    for age, place in enumerate(range(len(rows) - 1, -1, -1)):
+        base, growth, seconds = rows[place]
+        weight = weights[place] * FADING**age
+        weight /= (noise[place] * max(seconds, base + growth)) ** 2
+        aa, ab, bb = (
+            aa + weight * base * base,
+            ab + weight * base * growth,
+            bb + weight * growth * growth,
+        )
+        pull_a += weight * base * seconds
+        pull_b += weight * growth * seconds
+    det = aa * bb - ab * ab
+    a = (pull_a * bb - pull_b * ab) / det
+    a = max(a if most is None else min(a, most), 0.0)
+    b = (pull_b - ab * a) / bb
+    return (a, b) if b >= 0 else (max(pull_a / aa, 0.0), 0.0)
 
 
 def eta_errors(

@@ -320,7 +320,7 @@ def test_the_ring_prefetches_across_layers_and_passes():
     assert moved.dropped_tiles == start.dropped_tiles
 
 
-@pytest.mark.parametrize("slot_bytes", [2**14, 2**11])  # 4 and 64 tiles a layer
+@pytest.mark.parametrize("slot_bytes", [2**14, 2**10])  # 8 and 128 tiles a layer
 def test_tokens_that_follow_take_the_copies_of_a_tile_as_they_were_made(monkeypatch, slot_bytes):
     """Nothing is sliced again until what is stored changes, and then nothing old is kept."""
     made = []

@@ -415,9 +415,17 @@ class OffloadedHeads:
         ]
 
     def _slot_views(self, tile: Tile, slot: Tensor) -> tuple[Tensor, Tensor]:
-        shape = tile.group.heads, self.store.batch, tile.span.tokens
-        # Only slots outlive the call: a view kept of another buffer would keep its memory.
-        return self._views(slot, *shape) if tile.layer >= 0 else self._new_views(slot, *shape)
+        heads, batch, tokens = tile.group.heads, self.store.batch, tile.span.tokens
+        if tile.layer < 0:  # no slot: a view kept of another buffer would keep its memory
+            return self._new_views(slot, heads, batch, tokens)
+        if heads * batch == 1:
+            return self._views(slot, heads, batch, tokens)
+        # As far apart as the slot allows and not as far as these tokens reach: kernels that are built
+        # anew for every stride then meet one per number of heads.
+        room = (slot.numel() - aligned(1)) // (heads * self.shape.token_bytes(batch))
+        room = max(room // BLOCK_TOKENS * BLOCK_TOKENS, tokens)
+        k, v = self._views(slot, heads, batch, room)
+        return k[:, :, :tokens], v[:, :, :tokens]
 
     def _views(self, buffer: Tensor, heads: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
         place = (buffer.data_ptr(), heads, batch, tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
 import time
 import weakref
 from collections import deque
@@ -69,6 +70,8 @@ class HostTier:
         self._arenas: dict[int, _Mapping | _Adopted] = {}
         self._ready: dict[int, deque[Future[_Mapping]]] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self._waited_for = threading.Event()
+        self._pause_until = 0.0
         self._next = 0
         self._closed = False
 
@@ -89,8 +92,18 @@ class HostTier:
             # Page-locking on a thread of its own would else happen for the first GPU.
             device = torch.cuda.current_device() if torch.cuda.is_available() else None
             self._thread = ThreadPoolExecutor(1, "headinfer-arena", _on_device, (device,))
-        made = self._thread.submit(_Mapping, size, pin=self.pin, touch=self._touch)
-        self._ready.setdefault(size, deque()).append(made)
+        self._ready.setdefault(size, deque()).append(self._thread.submit(self._ahead, size))
+
+    def _ahead(self, size: int) -> _Mapping:
+        """On the thread: a mapping, after a pause as long as the last one took unless somebody waits.
+
+        The driver takes no work while it page-locks: one mapping after the other would keep it from
+        whoever enqueues kernels, until all of a pass are made.
+        """
+        self._waited_for.wait(max(self._pause_until - time.perf_counter(), 0.0))
+        mapping = self._mapping(size)
+        self._pause_until = time.perf_counter() + mapping.seconds
+        return mapping
 
     def allocate(self, nbytes: int) -> Extent:
         if self._closed:
@@ -103,7 +116,7 @@ class HostTier:
             self.forget_ready()
         begun = time.perf_counter()
         try:
-            mapping = ready.popleft().result() if ready else self._mapping(size)
+            mapping = self._taken_from(ready) if ready else self._mapping(size)
         except (OSError, ValueError) as error:
             why = f"and the system refused more ({error})"
             raise self._full(self._taken, size, why) from error
@@ -122,6 +135,15 @@ class HostTier:
         self._arenas[self._next] = mapping
         self.used_bytes += size
         return Extent(self._next, 0, size)
+
+    def _taken_from(self, ready: deque[Future[_Mapping]]) -> _Mapping:
+        first = ready.popleft()
+        if not first.done():
+            self._waited_for.set()
+        try:
+            return first.result()
+        finally:
+            self._waited_for.clear()
 
     @property
     def _taken(self) -> int:
@@ -174,11 +196,13 @@ class HostTier:
 
     def forget_ready(self) -> None:
         """Give back what was prepared and is not wanted any more."""
+        self._waited_for.set()
         for waiting in self._ready.values():
             for made in waiting:
                 if not made.cancel() and made.exception() is None:
                     made.result().release()
         self._ready.clear()
+        self._waited_for.clear()
 
     def _full(self, taken: int, size: int, why: str) -> TierFull:
         needed = max(taken + size + self.beside_bytes, self.wanted_bytes)

@@ -87,10 +87,10 @@ def decoded(slots, overflow):
     from headinfer.formats.lossless_kernels import decode_blocks
 
     dim, damaged = overflow.layout.dim, cell()
-    out = torch.full((slots.shape[0], 128, dim), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.full((1, slots.shape[0], 128, dim), 7.0, dtype=torch.bfloat16, device=DEVICE)
     decode_blocks(slots, out, overflow, damaged, 5)
     finish()
-    return out, damaged.tolist()
+    return out[0], damaged.tolist()
 
 
 def cell():
@@ -100,6 +100,25 @@ def cell():
 def finish():
     if DEVICE.type == "cuda":
         torch.cuda.current_stream().synchronize()
+
+
+@needs_triton
+@runs
+@pytest.mark.parametrize(("runs_", "blocks", "room"), [(3, 2, 3), (2, 1, 4), (4, 1, 1)])
+def test_runs_of_blocks_are_decoded_where_they_belong(runs_, blocks, room):
+    """Heads of a tile lie as far apart as the buffer allows; between them nothing is written."""
+    from headinfer.formats.lossless_kernels import decode_blocks
+
+    dim, count = 48, runs_ * blocks
+    values = torch.cat([bits_of(KINDS[i % len(KINDS)], 1, dim, i) for i in range(count)])
+    overflow = overflow_of(dim, count)
+    slots = encoded(values.to(DEVICE), overflow)
+    memory = torch.full((runs_, room, 128, dim), 7.0, dtype=torch.bfloat16, device=DEVICE)
+    decode_blocks(slots, memory[:, :blocks], overflow, cell(), 5)
+    finish()
+    found = memory[:, :blocks].reshape(count, 128, dim).view(torch.int16)
+    assert torch.equal(found.cpu(), values.view(torch.int16))
+    assert bool((memory[:, blocks:] == 7.0).all())
 
 
 @needs_triton

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headinfer import totals
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
 from headinfer.blocks import CHUNK_BYTES
@@ -637,3 +638,31 @@ def test_keys_and_values_of_a_tile_are_unpacked_in_one_call_where_blocks_are_ali
     assert tiles
     assert decoded == [layer for layer in tiles for _ in range(calls)]
     pair.finish()
+
+
+def test_the_shapes_of_unpacked_tiles_of_several_heads_do_not_follow_the_length(monkeypatch):
+    """As those of plain ones in tests/laws/test_placement.py."""
+    monkeypatch.setattr(totals, "built_per_shape", lambda *spec: True)
+    seen = set()
+
+    def recorded(q, k, v, **how):
+        if not how["causal"]:
+            seen.add((tuple(k.shape), k.stride(1), v.stride(1)))
+        return attended(q, k, v, **how)
+
+    attended = totals.attend
+    monkeypatch.setattr(totals, "attend", recorded)
+    pair = Pair("cpu", "staged", slot_bytes=2**20)
+    runner = pair.packed
+    for chunk in range(24):
+        for layer in range(LAYERS):
+            k, v = pair.values(1, 128, 2, 16), pair.values(1, 128, 2, 32)
+            length = runner.append(layer, k, v)
+            q = pair.values(1, 128, 4, 16)
+            runner.attend(layer, length, Query(q, 0.25, Causal(128 * chunk), 32))
+    pair.exact.close()
+    runner.close()
+    assert {shape[1] for shape, *_ in seen} == {2}
+    spans = {shape[2] for shape, *_ in seen}
+    assert spans == {128, 256, 512, 1024, 2048}
+    assert len(seen) == len(spans)

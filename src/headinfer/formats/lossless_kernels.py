@@ -25,7 +25,8 @@ DAMAGED = 1
 def decode_blocks(
     slots: Tensor, out: Tensor, overflow: Overflow, damaged: Tensor, tag: int
 ) -> None:
-    """out [n, 128, dim] bfloat16 becomes what slots [n, slot_bytes] hold; both contiguous.
+    """out [runs, blocks, 128, dim] bfloat16 becomes what slots [runs x blocks, slot_bytes] hold, which are
+    contiguous; `out` is within each run.
 
     Where a block is damaged, `damaged` [3] int64, which the host reads, becomes DAMAGED, `tag`, its number.
     """
@@ -41,6 +42,8 @@ def decode_blocks(
                 tag,
                 overflow.entries,
                 overflow.chunk_entries,
+                out.shape[1],
+                out.stride(0),
                 DIM=layout.dim,
                 HALF=half,
                 STEP=step,
@@ -105,16 +108,17 @@ def _entry(table, index, chunk_entries, DIM: tl.constexpr):
     return address.to(tl.pointer_type(tl.int16))
 
 
-@triton.jit(do_not_specialize=["tag", "entries", "chunk_entries"])
+@triton.jit(do_not_specialize=["tag", "entries", "chunk_entries", "run_blocks"])
 def _decode(
-    slots, out, table, damaged, tag, entries, chunk_entries,
+    slots, out, table, damaged, tag, entries, chunk_entries, run_blocks, run_stride,
     DIM: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     MOST_BLOCK: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = 128 // STEP
     block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     slot = slots + block.to(tl.int64) * SLOT
-    to = out + block.to(tl.int64) * (128 * DIM)
+    to = out + (block // run_blocks).to(tl.int64) * run_stride
+    to += (block % run_blocks).to(tl.int64) * (128 * DIM)
     token = part * STEP + tl.arange(0, STEP)
     pair = tl.arange(0, HALF)
     there = (pair < DIM // 2)[None, :] & (token >= 0)[:, None]

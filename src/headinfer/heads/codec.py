@@ -108,8 +108,9 @@ class Codec:
             _encode_on_host(values, PackedRun(slots, overflow))
 
     def decode(self, slots: Tensor, out: Tensor, layer: int) -> None:
-        """out [h, b, blocks x 128, d] becomes what slots [h, b, blocks, slot_bytes] hold; both
-        contiguous on the device. A damaged block on a GPU is reported by `check`.
+        """out [h, b, blocks x 128, d] becomes what slots [h, b, blocks, slot_bytes] hold, which are
+        contiguous on the device; heads and rows of `out` are equally far apart, and contiguous
+        each. A damaged block on a GPU is reported by `check`.
 
         Raises:
             LosslessCorrupt: a damaged block on a CPU.
@@ -119,9 +120,12 @@ class Codec:
             from headinfer.formats.lossless_kernels import decode_blocks
 
             dim, size = overflow.layout.dim, overflow.layout.slot_bytes
+            blocks = out.shape[2] // BLOCK_TOKENS
+            shape = out.shape[0] * out.shape[1], blocks, BLOCK_TOKENS, dim
+            runs = out.as_strided(shape, (out.stride(1), BLOCK_TOKENS * dim, dim, 1))
             decode_blocks(
                 slots.view(-1, size),
-                out.view(-1, BLOCK_TOKENS, dim),
+                runs,
                 overflow,
                 self._damaged,
                 layer,

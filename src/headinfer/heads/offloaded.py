@@ -418,14 +418,17 @@ class OffloadedHeads:
         heads, batch, tokens = tile.group.heads, self.store.batch, tile.span.tokens
         if tile.layer < 0:  # no slot: a view kept of another buffer would keep its memory
             return self._new_views(slot, heads, batch, tokens)
-        if heads * batch == 1:
-            return self._views(slot, heads, batch, tokens)
-        # As far apart as the slot allows and not as far as these tokens reach: kernels that are built
-        # anew for every stride then meet one per number of heads.
-        room = (slot.numel() - aligned(1)) // (heads * self.shape.token_bytes(batch))
-        room = max(room // BLOCK_TOKENS * BLOCK_TOKENS, tokens)
+        room = self._room(slot, heads, batch, tokens)
         k, v = self._views(slot, heads, batch, room)
-        return k[:, :, :tokens], v[:, :, :tokens]
+        return (k, v) if room == tokens else (k[:, :, :tokens], v[:, :, :tokens])
+
+    def _room(self, buffer: Tensor, heads: int, batch: int, tokens: int) -> int:
+        """Tokens from one head, or row, to the next in a buffer of tiles: as many as there is room for
+        and not as these are. Kernels built anew for every stride then meet one per number of heads."""
+        if heads * batch == 1:
+            return tokens
+        room = (buffer.numel() - aligned(1)) // (heads * self.shape.token_bytes(batch))
+        return max(room // BLOCK_TOKENS * BLOCK_TOKENS, tokens)
 
     def _views(self, buffer: Tensor, heads: int, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
         place = (buffer.data_ptr(), heads, batch, tokens)

@@ -146,7 +146,7 @@ class PackedHeads(OffloadedHeads):
 
     def _buffer_for(self, tile: Tile, nbytes: int) -> Tensor:
         if tile.layer >= 0:
-            return self.codec.scratch(nbytes)
+            return self.codec.scratch(max(nbytes, self.codec.unpacked.numel()))
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _unpacking(
@@ -156,7 +156,8 @@ class PackedHeads(OffloadedHeads):
         one behind the other in both, as they do when their dims are the same."""
         whole = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         packed = self._packed_views(slot, heads, batch, tokens)
-        plain = self._new_views(buffer, heads, batch, whole)
+        room = self._room(buffer, heads, batch, whole)
+        plain = self._new_views(buffer, heads, batch, room)
         k, v = (x[:, :, :tokens].transpose(0, 1) for x in plain)
         first, second = packed[0], plain[0]
         behind = all(
@@ -164,11 +165,12 @@ class PackedHeads(OffloadedHeads):
             for one, two in (packed, plain)
         )
         if not behind:
-            return _Unpacking(list(zip(packed, plain, strict=True)), k, v)
+            outs = [x[:, :, :whole] for x in plain]
+            return _Unpacking(list(zip(packed, outs, strict=True)), k, v)
         runs = 2 * heads * batch
         slots = bytes_as(slot, 0, (1, runs, *first.shape[2:]), torch.uint8)
         out = bytes_as(buffer, 0, (1, runs, *second.shape[2:]), second.dtype)
-        return _Unpacking([(slots, out)], k, v)
+        return _Unpacking([(slots, out[:, :, :whole])], k, v)
 
     def stored_pieces(self, span: Span) -> list[Any]:
         return self._memory.stored_pieces(self.store, span)

@@ -52,7 +52,7 @@ def main() -> int:
     if given.out is not None:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found), file=sys.stderr)
-    return code
+    return 128 - code if code < 0 else code  # as a shell says that a signal ended it
 
 
 def watch(started: psutil.Popen) -> dict[str, int]:

@@ -130,6 +130,25 @@ def test_a_chunk_that_something_held_up_says_nothing_of_the_others(chunk, held_u
     assert all(abs(error) <= 0.1 for share, error in errors if share >= 0.1)
 
 
+@pytest.mark.parametrize("slower", [2.0, 3.0])
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_a_lasting_slowdown_is_noticed(chunk, slower):
+    """Another program takes its share from some chunk on."""
+    seconds = simulated(1.0, 1.0, 1.0, 0.0, 0)
+    seconds[chunk:] = [slower * each for each in seconds[chunk:]]
+    errors = eta_errors(clock_of(0), seconds, CHUNK)
+    assert all(abs(error) <= 0.4 for _, error in errors[chunk + 1 :])
+    assert all(abs(error) <= 0.2 for _, error in errors[chunk + 4 :])
+
+
+def test_a_chunk_that_was_reported_early_or_late_does_not_decide_the_rest():
+    seconds = simulated(1.0, 1.0, 1.0, 0.0, 0)
+    seconds[3], seconds[4] = 0.5 * seconds[3], seconds[4] + 0.5 * seconds[3]
+    errors = eta_errors(clock_of(0), seconds, CHUNK)
+    assert all(abs(error) <= 0.2 for _, error in errors[3:7])
+    assert all(abs(error) <= 0.06 for _, error in errors[7:])
+
+
 @pytest.mark.parametrize("slower", [0.5, 2.0, 4.0])
 def test_a_prediction_that_is_far_off_corrects_itself(slower):
     errors = eta_errors(clock_of(0), simulated(1.0, 1.0, slower, 0.3, 0), CHUNK)

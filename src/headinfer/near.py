@@ -139,6 +139,8 @@ class NearData:
     ) -> _Listed | None:
         """The keys of a job in the stream; None where it has to be one of the thread. A token of a
         decode asks for the same as the one before, until a block is full."""
+        if isinstance(heads.last_write, DiskTicket):  # no event that a stream could wait for
+            return None
         how = group, length, heads.store.epoch, q.shape, q.dtype, call.scale, call.softcap
         # A mask could hide others of them each time.
         plain = _sees_all(call, q.shape[2], length)
@@ -357,8 +359,6 @@ def _runs(
     The job begins when its stream gets there, so what is listed now has to be in memory until then.
     """
     if not heads.lies_in_order(length) or not heads.lies_in_memory(length):
-        return None
-    if isinstance(heads.last_write, DiskTicket):  # no event that a stream could wait for
         return None
     everything = 0, q.shape[2]
     found: list[KeyRun | PackedKeys] = []

@@ -58,7 +58,11 @@ FIRST_NOISE = 0.5
 """... of the first one, in which memory is allocated and kernels are loaded."""
 TAILS = 4.0
 """Degrees of freedom of what comes and goes: a chunk that is far off all the others says little."""
+FEW, LATELY = 2, 10
+"""Chunks: too few to leave out the quickest, and the last ones, of which it is the quickest."""
 ROUNDS = 6
+MORE = 1.5
+"""How much more than of a chunk as expected comes and goes of a slower one, at most."""
 """Of weighing chunks by how far off they are."""
 FADING = 0.9
 """Weight of a chunk for every one after it: machines get warm, others come and go."""
@@ -154,20 +158,18 @@ class PrefillClock:
         noise = [NOISE] * len(rows)
         if len(rows) > 1 and self._begun == 0:
             noise[0] = FIRST_NOISE
-        # No chunk takes less than its base, whatever held up the others.
-        most = min(
-            ((1 + 2 * NOISE) * seconds / base for base, _, seconds in rows if base), default=None
-        )
+        most = _most(rows, begins=self._begun == 0)
         weights, trust = [1.0] * len(rows), 1.0
         for _ in range(ROUNDS):
             a, b = _posterior(rows, noise, weights, most, trust)
             # A machine that is far off altogether is believed, rather than every chunk doubted.
             together = min(a - 1, b - 1, key=abs) / TOGETHER
             trust = 1 / (1 + together * together / TAILS)
-            for place, (base, growth, seconds) in enumerate(rows):
-                expected = a * base + b * growth
-                off = (seconds - expected) / (noise[place] * max(expected, 1e-9))
-                weights[place] = 1 / (1 + off * off / TAILS)
+            off = [
+                (seconds - a * base - b * growth) / (scatter * max(a * base + b * growth, 1e-9))
+                for (base, growth, seconds), scatter in zip(rows, noise, strict=True)
+            ]
+            weights = [1 / (1 + _apart(off, place) ** 2 / TAILS) for place in range(len(rows))]
         return a * scale, b * scale
 
     def _scale(self) -> float:
@@ -193,6 +195,26 @@ class PrefillClock:
         return ns / nn, 0.0
 
 
+def _apart(off: Sequence[float], place: int) -> float:
+    """How far a chunk is off what it and two beside it are off in the middle: what lasts is not held
+    against any of them."""
+    first = max(min(place - 1, len(off) - 3), 0)
+    near = sorted(off[first : first + 3])
+    return off[place] - (near[1] if len(near) == 3 else 0.0)
+
+
+def _most(rows: Sequence[tuple[float, float, float]], *, begins: bool) -> float | None:
+    """What a cannot be above, as no chunk takes less than its base, whatever held up the others. The
+    quickest of many may have been reported late, so that is the second quickest of the last ones; early
+    on a first chunk, which takes longer than others, is all there is."""
+    if begins and len(rows) > FEW:
+        rows = rows[1:]
+    quotients = sorted(seconds / base for base, _, seconds in rows[-LATELY:] if base)
+    if not quotients:
+        return None
+    return (1 + 2 * NOISE) * quotients[1 if len(quotients) > FEW else 0]
+
+
 def _posterior(
     rows: Sequence[tuple[float, float, float]],
     noise: Sequence[float],
@@ -210,7 +232,9 @@ def _posterior(
     for age, place in enumerate(range(len(rows) - 1, -1, -1)):
         base, growth, seconds = rows[place]
         weight = weights[place] * FADING**age
-        weight /= (noise[place] * max(seconds, base + growth)) ** 2
+        expected = max(base + growth, 1e-9)
+        # Of slower chunks more, but not as much more as they are slower: all may be from now on.
+        weight /= (noise[place] * min(max(seconds, expected), MORE * expected)) ** 2
         aa, ab, bb = (
             aa + weight * base * base,
             ab + weight * base * growth,
@@ -222,7 +246,10 @@ def _posterior(
     a = (pull_a * bb - pull_b * ab) / det
     a = max(a if most is None else min(a, most), 0.0)
     b = (pull_b - ab * a) / bb
-    return (a, b) if b >= 0 else (max(pull_a / aa, 0.0), 0.0)
+    if b >= 0:
+        return a, b
+    a = max(pull_a / aa, 0.0)
+    return a if most is None else min(a, most), 0.0
 
 
 def eta_errors(

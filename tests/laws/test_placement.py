@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from headinfer import near, totals
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
+from headinfer.attention.native_job import NativeJob
 from headinfer.balance import Balance
 from headinfer.errors import CacheStateError
 from headinfer.heads import OffloadedHeads
@@ -377,6 +378,41 @@ def test_tokens_that_follow_take_the_list_of_keys_of_the_cpu_as_it_was_made(monk
     driver.forward(1, 2)  # in an order that is not that of the stream
     assert len(made) == 4 * LAYERS
     assert stream.given == 21 * LAYERS
+    driver.finish()
+
+
+@needs_native
+def test_a_block_that_goes_to_disk_is_no_job_of_a_stream():
+    """The list of keys is the one of the token before, and yet no stream can wait for such a write."""
+    how = {"placement": "near and disk", "late": False, "host_bytes": 300_000, "near_share": 0.5}
+    driver = Driver(make_runner("cpu", **how), "cpu")
+    driver.forward(120, 1)
+    (link,) = driver.runner.links
+    link.near._stream = stream = DeferredHostStream(link.engine)  # refuses such a ticket
+    for _ in range(1100):
+        driver.forward(1, 1)
+    assert driver.runner.stats().disk_bytes
+    assert stream.given
+    driver.finish()
+
+
+@needs_native
+def test_the_job_of_the_token_before_runs_again(monkeypatch):
+    made = []
+    again = NativeJob.again
+
+    def counted(self):
+        made.append(self)
+        return again(self)
+
+    monkeypatch.setattr(NativeJob, "again", counted)
+    driver = Driver(make_runner("cpu", placement="near", late=False), "cpu")
+    driver.forward(500, 1)
+    (link,) = driver.runner.links
+    link.near._stream = DeferredHostStream(link.engine)
+    for _ in range(10):
+        driver.forward(1, 1)
+    assert len(made) == 9 * LAYERS
     driver.finish()
 
 

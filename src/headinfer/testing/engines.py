@@ -23,6 +23,7 @@ from headinfer.attention.native_job import NativeJob
 from headinfer.attention.types import Partial
 from headinfer.errors import TransferError
 from headinfer.host_stream import Finished
+from headinfer.spill.engine import DiskTicket
 from headinfer.transfer import Copy, CudaEngine, Lane, Ticket, TransferEngine
 
 
@@ -96,6 +97,7 @@ class DeferredEngine:
 @dataclass(eq=False, slots=True)
 class _HostJob:
     found: Partial
+    up: Partial
     job: NativeJob
     nbytes: int
     after: list[Ticket]
@@ -107,12 +109,15 @@ class _HostJob:
             for ticket in self.after:
                 self.engine.done(ticket, block=True)
             self.job.run()
+            for found, up in zip(self.found, self.up, strict=True):
+                found.copy_(up)
             self.over = True
 
 
 class DeferredHostStream:
     """Stands in for `headinfer.host_stream.HostStream` where there is no CUDA: a job runs when its
-    result is waited for, and all do on `drain`.
+    result is waited for, all do on `drain`, and one before the next is given, as they share the memory
+    of queries and result.
 
     Attributes:
         given: jobs so far.
@@ -122,6 +127,7 @@ class DeferredHostStream:
         self.given = 0
         self._engine = engine
         self._issued: list[_HostJob] = []
+        self._memory: dict[tuple[object, ...], tuple[Tensor, Partial]] = {}
 
     def submit(
         self,
@@ -132,10 +138,18 @@ class DeferredHostStream:
         after: Sequence[Ticket],
         nbytes: int,
     ) -> _HostJob:
-        shape = q.shape[:3]
+        if any(isinstance(ticket, DiskTicket) for ticket in after):
+            raise TransferError("a stream has no event to wait for a write to disk with")
+        self.drain()
+        shape, how = q.shape[:3], (q.shape, q.dtype, value_dim)
+        if how not in self._memory:
+            up = Partial(torch.empty(*shape, value_dim), torch.empty(shape))
+            self._memory[how] = torch.empty(q.shape, dtype=q.dtype), up
+        down, up = self._memory[how]
+        down.copy_(q)
+        job = job_for(down, up)
         found = Partial(torch.full((*shape, value_dim), torch.nan), torch.full(shape, torch.nan))
-        job = job_for(q.clone(memory_format=torch.contiguous_format), found)
-        issued = _HostJob(found, job, nbytes, list(after), self._engine)
+        issued = _HostJob(found, up, job, nbytes, list(after), self._engine)
         self._issued.append(issued)
         self.given += 1
         return issued

@@ -70,8 +70,8 @@ class HostTier:
         self._arenas: dict[int, _Mapping | _Adopted] = {}
         self._ready: dict[int, deque[Future[_Mapping]]] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._waited_for = threading.Event()
-        self._pause_until = 0.0
+        self._maker = _Maker(touch)
+        weakref.finalize(self, self._maker.stop)
         self._next = 0
         self._closed = False
 
@@ -92,18 +92,7 @@ class HostTier:
             # Page-locking on a thread of its own would else happen for the first GPU.
             device = torch.cuda.current_device() if torch.cuda.is_available() else None
             self._thread = ThreadPoolExecutor(1, "headinfer-arena", _on_device, (device,))
-        self._ready.setdefault(size, deque()).append(self._thread.submit(self._ahead, size))
-
-    def _ahead(self, size: int) -> _Mapping:
-        """On the thread: a mapping, after a pause as long as the last one took unless somebody waits.
-
-        The driver takes no work while it page-locks: one mapping after the other would keep it from
-        whoever enqueues kernels, until all of a pass are made.
-        """
-        self._waited_for.wait(max(self._pause_until - time.perf_counter(), 0.0))
-        mapping = self._mapping(size)
-        self._pause_until = time.perf_counter() + mapping.seconds
-        return mapping
+        self._ready.setdefault(size, deque()).append(self._thread.submit(self._maker.make, size))
 
     def allocate(self, nbytes: int) -> Extent:
         if self._closed:
@@ -139,11 +128,11 @@ class HostTier:
     def _taken_from(self, ready: deque[Future[_Mapping]]) -> _Mapping:
         first = ready.popleft()
         if not first.done():
-            self._waited_for.set()
+            self._maker.waited_for.set()
         try:
             return first.result()
         finally:
-            self._waited_for.clear()
+            self._maker.waited_for.clear()
 
     @property
     def _taken(self) -> int:
@@ -196,13 +185,15 @@ class HostTier:
 
     def forget_ready(self) -> None:
         """Give back what was prepared and is not wanted any more."""
-        self._waited_for.set()
-        for waiting in self._ready.values():
-            for made in waiting:
-                if not made.cancel() and made.exception() is None:
-                    made.result().release()
+        prepared = [made for waiting in self._ready.values() for made in waiting]
         self._ready.clear()
-        self._waited_for.clear()
+        begun = [made for made in prepared if not made.cancel()]
+        if any(not made.done() for made in begun):
+            self._maker.waited_for.set()
+        for made in begun:
+            if made.exception() is None:
+                made.result().release()
+        self._maker.waited_for.clear()
 
     def _full(self, taken: int, size: int, why: str) -> TierFull:
         needed = max(taken + size + self.beside_bytes, self.wanted_bytes)
@@ -220,6 +211,35 @@ class HostTier:
 def _on_device(device: int | None) -> None:
     if device is not None:
         torch.cuda.set_device(device)
+
+
+class _Maker:
+    """Makes page-locked mappings on a thread, with a pause as long as the last one took after each,
+    unless somebody waits. The driver takes no work while it page-locks: one mapping after the other
+    would keep it from whoever enqueues kernels, until all of a pass are made.
+
+    Attributes:
+        waited_for: set while somebody waits.
+    """
+
+    def __init__(self, touch: Touch | None) -> None:
+        self.waited_for = threading.Event()
+        self._touch = touch
+        self._pause_until = 0.0
+        self._stopped = False
+
+    def make(self, size: int) -> _Mapping:
+        self.waited_for.wait(max(self._pause_until - time.perf_counter(), 0.0))
+        if self._stopped:
+            raise TierClosed("host memory is not wanted any more")
+        mapping = _Mapping(size, pin=True, touch=self._touch)
+        self._pause_until = time.perf_counter() + mapping.seconds
+        return mapping
+
+    def stop(self) -> None:
+        """Nothing is made any more: the tier is gone."""
+        self._stopped = True
+        self.waited_for.set()
 
 
 class _Adopted:

@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headinfer import totals
 from headinfer.attention import native
 from headinfer.attention.masks import Causal
 from headinfer.blocks import CHUNK_BYTES
@@ -640,18 +639,8 @@ def test_keys_and_values_of_a_tile_are_unpacked_in_one_call_where_blocks_are_ali
     pair.finish()
 
 
-def test_the_shapes_of_unpacked_tiles_of_several_heads_do_not_follow_the_length(monkeypatch):
+def test_the_shapes_of_unpacked_tiles_of_several_heads_do_not_follow_the_length(staged_shapes):
     """As those of plain ones in tests/laws/test_placement.py."""
-    monkeypatch.setattr(totals, "built_per_shape", lambda *spec: True)
-    seen = set()
-
-    def recorded(q, k, v, **how):
-        if not how["causal"]:
-            seen.add((tuple(k.shape), k.stride(1), v.stride(1)))
-        return attended(q, k, v, **how)
-
-    attended = totals.attend
-    monkeypatch.setattr(totals, "attend", recorded)
     pair = Pair("cpu", "staged", slot_bytes=2**20)
     runner = pair.packed
     for chunk in range(24):
@@ -662,7 +651,5 @@ def test_the_shapes_of_unpacked_tiles_of_several_heads_do_not_follow_the_length(
             runner.attend(layer, length, Query(q, 0.25, Causal(128 * chunk), 32))
     pair.exact.close()
     runner.close()
-    assert {shape[1] for shape, *_ in seen} == {2}
-    spans = {shape[2] for shape, *_ in seen}
-    assert spans == {128, 256, 512, 1024, 2048}
-    assert len(seen) == len(spans)
+    assert [shape[1] for shape, *_ in staged_shapes] == [2] * 5
+    assert {shape[2] for shape, *_ in staged_shapes} == {128, 256, 512, 1024, 2048}

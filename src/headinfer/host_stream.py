@@ -84,8 +84,8 @@ class HostStream:
         self._stream = torch.cuda.Stream(device)
         self._issued: deque[HostJob] = deque()
         # Page-locked, and one of each: a job's queries come down when the job before has left.
-        self._down = torch.empty(0, dtype=torch.uint8)
-        self._up = torch.empty(0, dtype=torch.float32)
+        self._down = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._up = torch.empty(0, dtype=torch.float32, device="cpu")
         self._up_seen: Tensor | None = None  # the same memory as kernels see it
 
     def submit(
@@ -162,9 +162,13 @@ class HostStream:
         # An inference tensor could not be written to by a later call outside that mode.
         with torch.inference_mode(False):
             if down_bytes > self._down.numel():
-                self._down = torch.empty(down_bytes, dtype=torch.uint8, pin_memory=True)
+                self._down = torch.empty(
+                    down_bytes, dtype=torch.uint8, pin_memory=True, device="cpu"
+                )
             if up_floats > self._up.numel():
-                self._up = torch.empty(up_floats, dtype=torch.float32, pin_memory=True)
+                self._up = torch.empty(
+                    up_floats, dtype=torch.float32, pin_memory=True, device="cpu"
+                )
                 self._up_seen = _seen_by_kernels(self._up, self._device)
 
 

@@ -208,7 +208,7 @@ class NearData:
             # An inference tensor could not be written to by a later call outside that mode.
             with torch.inference_mode(False):
                 held = torch.empty(
-                    nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda"
+                    nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda", device="cpu"
                 )
             self._buffers[name] = held
         return held[:nbytes].view(dtype).view(shape)

@@ -109,7 +109,8 @@ def attend(
     check_call(q, k, v, bias, causal=causal)
     batch, heads, rows = q.shape[:3]
     found = Partial(
-        torch.empty((batch, heads, rows, v.shape[-1])), torch.empty((batch, heads, rows))
+        torch.empty((batch, heads, rows, v.shape[-1]), dtype=torch.float32, device="cpu"),
+        torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu"),
     )
     call, _held = pack_call(
         q, k, v, found, scale=scale, causal=causal, bias=bias, softcap=softcap, level=level,

@@ -160,6 +160,6 @@ def _places(found: Partial, count: int) -> tuple[list[Partial], list[Tensor]]:
     """Where each of `count` calls writes, and the memory of that."""
     if count == 1:
         return [found], []
-    out = torch.empty((count, *found.out.shape), dtype=torch.float32)
-    lse = torch.empty((count, *found.lse.shape), dtype=torch.float32)
+    out = torch.empty((count, *found.out.shape), dtype=torch.float32, device="cpu")
+    lse = torch.empty((count, *found.lse.shape), dtype=torch.float32, device="cpu")
     return [Partial(*place) for place in zip(out, lse, strict=True)], [out, lse]

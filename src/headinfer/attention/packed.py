@@ -108,7 +108,10 @@ def attend(
     library = native.loaded()
     count = native.threads() if num_threads is None else native.checked_threads(num_threads)
     batch, heads, rows, _ = q.shape
-    found = Partial(torch.empty((batch, heads, rows, v.dim)), torch.empty((batch, heads, rows)))
+    found = Partial(
+        torch.empty((batch, heads, rows, v.dim), dtype=torch.float32, device="cpu"),
+        torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu"),
+    )
     call = pack_call(
         q, k, v, tail_k, tail_v, found, keys=keys, scale=scale, bias=bias, softcap=softcap,
         level=level, num_threads=count,
@@ -226,7 +229,7 @@ def _described(run: PackedRun) -> _Described:
     step, overflow = run.slots.stride(1), run.overflow
     entries = overflow.entries  # before the table, which may grow meanwhile
     table = overflow.table
-    rows = torch.tensor([row * step for row in run.rows], dtype=torch.int64)
+    rows = torch.tensor([row * step for row in run.rows], dtype=torch.int64, device="cpu")
     record = Packed(
         run.slots.data_ptr(),
         rows.data_ptr(),

@@ -119,7 +119,7 @@ class Overflow:
         first, last = int(since), int(self.counter)
         self.landed.copy_(self.counter)
         taken = [int(self.ring[place % self.ring.numel()]) for place in range(first, last)]
-        self.give(torch.tensor(taken, dtype=torch.int32))
+        self.give(torch.tensor(taken, dtype=torch.int32, device="cpu"))
 
     def fetch(self, indices: Tensor) -> Tensor:
         """The entries at `indices` [m], copied to where `indices` are.
@@ -127,7 +127,9 @@ class Overflow:
         Raises:
             LosslessCorrupt: there is none of that number.
         """
-        found = torch.empty((indices.numel(), self.layout.entry_bytes), dtype=torch.uint8)
+        found = torch.empty(
+            (indices.numel(), self.layout.entry_bytes), dtype=torch.uint8, device="cpu"
+        )
         for row, index in enumerate(indices.tolist()):
             found[row] = self._entry(index)
         return found.to(indices.device)
@@ -136,7 +138,7 @@ class Overflow:
         """The numbers [m] under which `entries` [m, entry_bytes] are kept from now on; they were
         reserved."""
         first = int(self.counter)
-        indices = torch.empty(entries.shape[0], dtype=torch.int64)
+        indices = torch.empty(entries.shape[0], dtype=torch.int64, device="cpu")
         for row in range(entries.shape[0]):
             index = int(self.ring[(first + row) % self.ring.numel()])
             indices[row] = index
@@ -146,7 +148,7 @@ class Overflow:
 
     def free_numbers(self, count: int) -> Tensor:
         """The next `count` numbers of the ring, for an encoder that runs on this thread."""
-        place = (int(self.counter) + torch.arange(count)) % self.ring.numel()
+        place = (int(self.counter) + torch.arange(count, device="cpu")) % self.ring.numel()
         return self.ring[place]
 
     @property
@@ -175,7 +177,7 @@ class Overflow:
             self.table = longer
         self.table[len(self.chunks)] = chunk.data_ptr()
         self.chunks.append(chunk)
-        self.give(torch.arange(first, first + count))
+        self.give(torch.arange(first, first + count, device="cpu"))
 
     def _entry(self, index: int) -> Tensor:
         if not 0 <= index < self.entries:
@@ -189,7 +191,7 @@ class Overflow:
 
     def _small(self, count: int, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):
-            return torch.zeros(count, dtype=dtype, pin_memory=self._pin)
+            return torch.zeros(count, dtype=dtype, pin_memory=self._pin, device="cpu")
 
     def _full(self, blocks: int, full: TierFull) -> TierFull:
         return TierFull(

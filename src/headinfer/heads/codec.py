@@ -53,7 +53,9 @@ class Codec:
         self._lock = threading.Lock()
         with torch.inference_mode(False):
             self.unpacked = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-            self._damaged = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._damaged = torch.zeros(
+                3, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
+            )
 
     @property
     def overflows(self) -> dict[int, Overflow]:
@@ -183,7 +185,7 @@ class Codec:
         pin = self.device.type == "cuda"
         try:
             with torch.inference_mode(False):
-                found = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pin)
+                found = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pin, device="cpu")
         except RuntimeError as error:
             raise TierError(
                 f"the system gave no {nbytes} B of {'page-locked ' if pin else ''}host memory for blocks "

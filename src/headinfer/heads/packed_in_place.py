@@ -122,7 +122,7 @@ class PackedInPlace:
     def reorder(self, index: Sequence[int]) -> None:
         self.store.reorder(index)
         if self._tail is not None:
-            rows = torch.tensor(list(index))
+            rows = torch.tensor(list(index), device="cpu")
             self._tail = self._tail[0].index_select(0, rows), self._tail[1].index_select(0, rows)
 
     def clear(self) -> None:
@@ -193,7 +193,7 @@ class PackedInPlace:
         if self._tail is None or self._tail[0].shape[0] != batch:
             leading, shape = (batch, self.heads.heads, BLOCK_TOKENS), self.shape
             self._tail = (
-                torch.zeros((*leading, shape.key_dim), dtype=shape.dtype),
-                torch.zeros((*leading, shape.value_dim), dtype=shape.dtype),
+                torch.zeros((*leading, shape.key_dim), dtype=shape.dtype, device="cpu"),
+                torch.zeros((*leading, shape.value_dim), dtype=shape.dtype, device="cpu"),
             )
         return self._tail

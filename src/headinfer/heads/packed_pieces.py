@@ -91,7 +91,7 @@ class PackedPiece:
             count, rows = part.slots.shape[0], len(run.rows)
             size = (count, rows, (stop - block) * BLOCK_TOKENS, run.dim)
             out = (
-                torch.empty(size, dtype=torch.bfloat16)
+                torch.empty(size, dtype=torch.bfloat16, device="cpu")
                 if memory is None
                 else bytes_as(memory, 0, size, torch.bfloat16)
             )
@@ -140,7 +140,9 @@ class Stored:
         if self._disk is not None:
             run = run._replace(slots=brought(self._disk, run.slots, run.rows), row_map=None)
         blocks = run.slots.shape[2]
-        out = torch.empty((heads, rows, blocks * BLOCK_TOKENS, dim), dtype=torch.bfloat16)
+        out = torch.empty(
+            (heads, rows, blocks * BLOCK_TOKENS, dim), dtype=torch.bfloat16, device="cpu"
+        )
         decode_on_host(run, out, verify=True)
         return out[:, :, :tokens].transpose(0, 1)
 
@@ -199,7 +201,7 @@ class Filling:
         if disk is None:
             self._codec.pack_on_host(values[None], run)
             return
-        made = torch.empty(run.slots.shape, dtype=torch.uint8)
+        made = torch.empty(run.slots.shape, dtype=torch.uint8, device="cpu")
         self._codec.pack_on_host(values[None], run._replace(slots=made))
         for row in range(made.shape[1] if made.numel() else 0):
             disk.store(run.slots[0, row], made[0, row])

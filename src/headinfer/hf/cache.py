@@ -277,7 +277,7 @@ class HybridHeadLayer(LinearAttentionLayer, HeadLayer):
         HeadLayer.crop(self, tokens_to_remove)
 
     def _keep_rows(self, rows: Sequence[int]) -> None:
-        LinearAttentionLayer.reorder_cache(self, torch.tensor(rows))
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(rows, device="cpu"))
         self._reorder(rows)
 
 
@@ -461,7 +461,7 @@ def _within_window(layer: Any, length: int) -> bool:
 
 
 def _row_numbers(indices: Tensor) -> list[int]:
-    chosen = torch.as_tensor(indices)
+    chosen = torch.as_tensor(indices, device="cpu")
     if chosen.dtype == torch.bool:
         chosen = chosen.nonzero().flatten()
     return [int(row) for row in chosen.tolist()]

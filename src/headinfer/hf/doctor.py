@@ -149,7 +149,9 @@ def _computes(model: PreTrainedModel | None) -> tuple[torch.device, torch.dtype]
 def _examine(model: PreTrainedModel, report: DoctorReport) -> None:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.randint(0, vocab, (1, TOKENS), generator=generator).to(model.device)
+    tokens = torch.randint(0, vocab, (1, TOKENS), generator=generator, device="cpu").to(
+        model.device
+    )
     was_training = model.training
     model.eval()
     try:

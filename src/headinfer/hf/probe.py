@@ -234,8 +234,8 @@ def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
         return {}
     dim, heads, most = 128, 4, torch.get_num_threads()
     keys = nbytes // (2 * heads * dim * dtype.itemsize)
-    q = torch.randn((1, 4 * heads, 1, dim), dtype=dtype)
-    k, v = (torch.zeros((1, heads, keys, dim), dtype=dtype) for _ in range(2))
+    q = torch.randn((1, 4 * heads, 1, dim), dtype=dtype, device="cpu")
+    k, v = (torch.zeros((1, heads, keys, dim), dtype=dtype, device="cpu") for _ in range(2))
     clock, found = _Clock(torch.device("cpu")), {}
     for count in sorted({*(2**power for power in range(most.bit_length())), most}):
         if count <= most:
@@ -247,7 +247,7 @@ def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
 def _near(device: torch.device, dtype: torch.dtype) -> float:
     """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode."""
     there = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
-    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True, device="cpu")
     stream, host = torch.cuda.Stream(device), torch.device("cpu")
 
     def copy() -> None:
@@ -262,7 +262,7 @@ def _near(device: torch.device, dtype: torch.dtype) -> float:
 
 def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:
     there = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
-    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True, device="cpu")
     down = clock.seconds(lambda: there.copy_(here, non_blocking=True))
     up = clock.seconds(lambda: here.copy_(there, non_blocking=True))
     return here.numel() / down, here.numel() / up
@@ -270,7 +270,7 @@ def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:
 
 def _pageable(clock: _Clock, device: torch.device) -> float:
     """Bytes/s to the device from memory as accelerate keeps offloaded weights in."""
-    here = torch.ones(64 * MIB, dtype=torch.uint8)
+    here = torch.ones(64 * MIB, dtype=torch.uint8, device="cpu")
     there = torch.empty_like(here, device=device)
     return here.numel() / clock.seconds(lambda: there.copy_(here), times=3)
 
@@ -291,7 +291,7 @@ def _pinning() -> float | None:
 
 
 def _host_read() -> float:
-    memory = torch.ones(64 * MIB, dtype=torch.float32)
+    memory = torch.ones(64 * MIB, dtype=torch.float32, device="cpu")
     if native.why_absent() is None:
         times = [native.read_seconds(memory.data_ptr(), memory.nbytes) for _ in range(4)]
         return memory.nbytes / min(times)

@@ -282,8 +282,12 @@ class _Reading:
         same = (new == saved[:count]).all(axis=1)
         padding = context.state.get("padding")
         if padding is not None or self.mask is not None:
-            was = torch.ones(rows, count) if padding is None else padding[:, :count]
-            now = torch.ones(rows, count) if self.mask is None else self.mask[:, :count].cpu()
+            was = torch.ones(rows, count, device="cpu") if padding is None else padding[:, :count]
+            now = (
+                torch.ones(rows, count, device="cpu")
+                if self.mask is None
+                else self.mask[:, :count].cpu()
+            )
             same &= (was.bool() == now.bool()).all(dim=0).numpy()
         return count if same.all() else int(same.argmin())
 

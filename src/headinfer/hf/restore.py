@@ -172,7 +172,9 @@ def _read_head(context: Context, layer: int, part: Unfilled, place: int, verify:
     for start in range(0, k.shape[1], step):
         span = Span(start, min(start + step, k.shape[1]))
         here = slice(span.start, span.stop)
-        host_k, host_v = (torch.empty(t[:, here].shape, dtype=t.dtype) for t in (k, v))
+        host_k, host_v = (
+            torch.empty(t[:, here].shape, dtype=t.dtype, device="cpu") for t in (k, v)
+        )
         context.fill(layer, head, host_k, host_v, span, verify=verify)
         part.put(k[:, here], host_k)
         part.put(v[:, here], host_v)

@@ -70,6 +70,6 @@ def _block(
     key = (like.shape[1], like.shape[3], like.dtype, like.device)
     if key not in blocks:
         shape = (1, like.shape[1], FILL_TOKENS, like.shape[3])
-        block = torch.randn(shape, generator=generator, dtype=torch.float32)
+        block = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         blocks[key] = block.to(device=like.device, dtype=like.dtype)
     return blocks[key]

@@ -59,7 +59,7 @@ class TokenLog:
         if not self.known or self.length < length:
             return None
         if not self._parts:
-            return torch.empty(0, 0, dtype=torch.long)
+            return torch.empty(0, 0, dtype=torch.long, device="cpu")
         return self._whole()[:, :length].cpu()
 
     def padding(self, length: int) -> Tensor | None:

@@ -250,7 +250,7 @@ class _Adopted:
         self.kept = kept
 
     def release(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class _Mapping:
@@ -296,4 +296,4 @@ class _Mapping:
     def release(self) -> None:
         if self._unlock is not None:
             self._unlock()
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -65,7 +65,7 @@ class NearData:
         self._buffers: dict[str, Tensor] = {}
         self._finished: list[Finished] = []
         self._stream: HostStream | None = None
-        self._listed: dict[int, _Listed] = {}
+        self._listed: dict[int, dict[HeadGroup, _Listed]] = {}
         moves = engine.inner if isinstance(engine, DiskEngine) else engine
         if isinstance(moves, CudaEngine) and attention == AUTO and _native_in_streams():
             self._stream = HostStream(device)
@@ -138,22 +138,27 @@ class NearData:
         self, heads: OffloadedHeads, group: HeadGroup, length: int, q: Tensor, call: Query
     ) -> _Listed | None:
         """The keys of a job in the stream; None where it has to be one of the thread. A token of a
-        decode asks for the same as the one before, until a block is full."""
+        decode asks for the same as the one before, until a block is full; while the share of the
+        CPU settles, for what one of the last few asked for."""
         if isinstance(heads.last_write, DiskTicket):  # no event that a stream could wait for
             return None
-        how = group, length, heads.store.epoch, q.shape, q.dtype, call.scale, call.softcap
+        how = length, heads.store.epoch, q.shape[::2], q.dtype, call.scale, call.softcap
         # A mask could hide others of them each time.
         plain = _sees_all(call, q.shape[2], length)
-        found = self._listed.get(id(heads))
-        if found is not None and found.heads is heads and found.how == how and plain:
-            return found
+        kept = self._listed.setdefault(id(heads), {})
+        found = kept.get(group)
+        if found is not None and found.heads is heads and found.how == how:
+            if plain:
+                return found
+        elif found is not None or any(one.how != how for one in kept.values()):
+            kept.clear()  # those of other groups are as old
         runs = _runs(heads, group, length, q, call)
         if runs is None:
             return None
         nbytes = sum(run.k.nbytes + run.v.nbytes for run in runs)
         found = _Listed(heads, how, runs, nbytes)
         if plain:
-            self._listed[id(heads)] = found
+            kept[group] = found
         return found
 
     def _in_stream(

@@ -77,7 +77,7 @@ def encoded(values, overflow):
         (values.shape[0] * layout.slot_bytes + 64,), 0xAB, dtype=torch.uint8, device=DEVICE
     )
     slots = memory[: -64 or None].view(-1, layout.slot_bytes)
-    encode_blocks(values, slots, overflow)
+    encode_blocks(values.view(1, 1, -1, layout.dim), slots, overflow)
     finish()
     assert bool((memory[-64:] == 0xAB).all())
     return slots
@@ -119,6 +119,34 @@ def test_runs_of_blocks_are_decoded_where_they_belong(runs_, blocks, room):
     found = memory[:, :blocks].reshape(count, 128, dim).view(torch.int16)
     assert torch.equal(found.cpu(), values.view(torch.int16))
     assert bool((memory[:, blocks:] == 7.0).all())
+
+
+@needs_triton
+@runs
+@pytest.mark.parametrize("shape", [(3, 2, 2), (1, 3, 1), (4, 1, 3)], ids=str)
+def test_keys_are_encoded_where_they_lie(shape):
+    """As a model has them: [b, t, h, d] seen as [h, b, t, d], a part of longer ones, other heads between."""
+    from headinfer.formats.lossless_kernels import encode_blocks
+
+    dim, (heads, rows, blocks) = 48, shape
+    count = heads * rows * blocks
+    values = torch.cat([bits_of(KINDS[i % len(KINDS)], 1, dim, i) for i in range(count)])
+    overflow, of_one_piece = overflow_of(dim, count), overflow_of(dim, count)
+    expected = encoded(values.to(DEVICE), of_one_piece)
+    dense = values.view(heads, rows, blocks * 128, dim).permute(1, 2, 0, 3)
+    model = torch.full((rows, blocks * 128 + 256, heads + 1, dim), 7.0, dtype=torch.bfloat16)
+    model[:, 128:-128, 1:] = dense
+    seen = model.to(DEVICE)[:, 128:-128, 1:].permute(2, 0, 1, 3)
+    slots = torch.empty((count, overflow.layout.slot_bytes), dtype=torch.uint8, device=DEVICE)
+    encode_blocks(seen, slots, overflow)
+    finish()
+    found, damaged = decoded(slots, overflow)
+    assert torch.equal(found.cpu().view(torch.int16), values.view(torch.int16))
+    assert damaged[0] == 0
+    raw = lossless.raw_indices(slots.cpu(), dim)
+    assert sorted(raw.tolist()) == list(range(int(of_one_piece.counter)))
+    if DEVICE.type == "cpu":  # one block after the other, so entries come in the same order
+        assert torch.equal(slots, expected)
 
 
 @needs_triton

@@ -416,6 +416,32 @@ def test_the_job_of_the_token_before_runs_again(monkeypatch):
     driver.finish()
 
 
+@needs_native
+def test_the_jobs_of_shares_that_come_and_go_are_made_once(monkeypatch):
+    """While the share of the CPU settles, most layers change sides with every token: keys listed anew
+    each time were a third of a step."""
+    made, again = [], NativeJob.again
+
+    def counted(self):
+        made.append(self)
+        return again(self)
+
+    monkeypatch.setattr(NativeJob, "again", counted)
+    turns = iter(range(10**6))
+    monkeypatch.setattr(Balance, "heads", lambda self, before, count: 1 + next(turns) // LAYERS % 2)
+    driver = Driver(
+        make_runner("cpu", placement="near", late=False, near_share=0.5), "cpu", heads=3
+    )
+    driver.forward(500, 1)
+    (link,) = driver.runner.links
+    link.near._stream = stream = DeferredHostStream(link.engine)
+    for _ in range(10):
+        driver.forward(1, 1)
+    assert stream.given == 10 * LAYERS
+    assert len(made) >= 7 * LAYERS
+    driver.finish()
+
+
 def test_copies_that_come_again_know_where_they_go():
     """By address, as a driver copies, they are what they are as tensors."""
     there = torch.arange(40.0).view(4, 10)

@@ -55,8 +55,9 @@ def decode_blocks(
 
 
 def encode_blocks(values: Tensor, slots: Tensor, overflow: Overflow) -> None:
-    """slots [n, slot_bytes] become values [n, 128, dim] bfloat16 encoded; both contiguous, entries
-    reserved for all of them."""
+    """slots [n, slot_bytes], contiguous, become values [heads, rows, blocks x 128, dim] bfloat16 encoded, n
+    blocks in all, entries reserved for all of them. Of `values` only the last axis need be dense: a
+    model's keys are encoded where they lie."""
     layout, count = overflow.layout, slots.shape[0]
     half, step = _tile(layout.dim)
     if count:
@@ -69,6 +70,9 @@ def encode_blocks(values: Tensor, slots: Tensor, overflow: Overflow) -> None:
                 overflow.counter,
                 overflow.ring.numel(),
                 overflow.chunk_entries,
+                values.shape[2] // 128,
+                values.shape[1],
+                *values.stride()[:3],
                 DIM=layout.dim,
                 HALF=half,
                 STEP=step,
@@ -179,14 +183,17 @@ def _weighted(words, number):
     return tl.sum((2 * number + 1).to(tl.uint32) * words.to(tl.uint32))
 
 
-@triton.jit(do_not_specialize=["ring_length", "chunk_entries"])
+@triton.jit(do_not_specialize=["ring_length", "chunk_entries", "run_blocks", "rows"])
 def _encode(
-    values, slots, table, ring, counter, ring_length, chunk_entries,
+    values, slots, table, ring, counter, ring_length, chunk_entries, run_blocks, rows,
+    head_stride, row_stride, token_stride,
     DIM: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     SLOT: tl.constexpr, TRAILER: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    from_ = values + block * (128 * DIM)
+    run, within = block // run_blocks, block % run_blocks
+    from_ = values + run // rows * head_stride + run % rows * row_stride
+    from_ += within * 128 * token_stride
     slot = slots + block * SLOT
     head = slot + 193 * DIM
     pair = tl.arange(0, HALF)
@@ -197,16 +204,16 @@ def _encode(
     lower = tl.zeros([HALF], dtype=tl.int32)
     upper = tl.zeros([HALF], dtype=tl.int32)
     for first in range(0, 128, STEP):
-        place = (first + step)[:, None] * DIM + pair[None, :]
-        low = tl.load(from_ + place, mask=there, other=0).to(tl.int32)
-        high = tl.load(from_ + place + DIM // 2, mask=there, other=0).to(tl.int32)
+        source = from_ + (first + step)[:, None] * token_stride + pair[None, :]
+        low = tl.load(source, mask=there, other=0).to(tl.int32)
+        high = tl.load(source + DIM // 2, mask=there, other=0).to(tl.int32)
         lower = tl.maximum(lower, tl.max(_exponent(low), axis=0))
         upper = tl.maximum(upper, tl.max(_exponent(high), axis=0))
     escapes = tl.zeros([], dtype=tl.int32)
     for first in range(0, 128, STEP):
-        place = (first + step)[:, None] * DIM + pair[None, :]
-        low = tl.load(from_ + place, mask=there, other=0).to(tl.int32)
-        high = tl.load(from_ + place + DIM // 2, mask=there, other=0).to(tl.int32)
+        source = from_ + (first + step)[:, None] * token_stride + pair[None, :]
+        low = tl.load(source, mask=there, other=0).to(tl.int32)
+        high = tl.load(source + DIM // 2, mask=there, other=0).to(tl.int32)
         far = ((lower[None, :] - _exponent(low)) > 14).to(tl.int32)
         far += ((upper[None, :] - _exponent(high)) > 14).to(tl.int32)
         escapes += tl.sum(tl.where(there, far, 0))
@@ -224,9 +231,10 @@ def _encode(
         WORDS: tl.constexpr = 193 * DIM // 2
         for first in range(0, 128, STEP):
             start = (first + step)[:, None] * DIM + pair[None, :]
+            source = from_ + (first + step)[:, None] * token_stride + pair[None, :]
             for side in tl.static_range(2):
                 word = start + side * (DIM // 2)
-                bits = tl.load(from_ + word, mask=there, other=0)
+                bits = tl.load(source + side * (DIM // 2), mask=there, other=0)
                 tl.store(words + word, bits, mask=there & (word < WORDS))
                 tl.store(entry + (word - WORDS), bits, mask=there & (word >= WORDS))
                 shifted = (bits.to(tl.int32) & 0xFFFF) << (16 * (word & 1))
@@ -238,8 +246,9 @@ def _encode(
         for first in range(0, 128, STEP):
             token = first + step
             place = token[:, None] * DIM + pair[None, :]
-            low = tl.load(from_ + place, mask=there, other=0).to(tl.int32)
-            high = tl.load(from_ + place + DIM // 2, mask=there, other=0).to(tl.int32)
+            source = from_ + token[:, None] * token_stride + pair[None, :]
+            low = tl.load(source, mask=there, other=0).to(tl.int32)
+            high = tl.load(source + DIM // 2, mask=there, other=0).to(tl.int32)
             far_low = ((lower[None, :] - _exponent(low)) > 14) & there
             far_high = ((upper[None, :] - _exponent(high)) > 14) & there
             nibble = tl.where(far_low, 15, lower[None, :] - _exponent(low))

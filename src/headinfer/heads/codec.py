@@ -98,14 +98,13 @@ class Codec:
                 self.overflow(dim).encoded(ticket, count)
 
     def encode(self, values: Tensor, slots: Tensor) -> None:
-        """slots [h, b, blocks, slot_bytes] become values [h, b, blocks x 128, d]; both contiguous on
-        the device, entries reserved."""
+        """slots [h, b, blocks, slot_bytes], contiguous, become values [h, b, blocks x 128, d], of which
+        the last axis is dense; both on the device, entries reserved."""
         overflow = self.overflow(values.shape[-1])
         if self.device.type == "cuda":
             from headinfer.formats.lossless_kernels import encode_blocks
 
-            dim, size = overflow.layout.dim, overflow.layout.slot_bytes
-            encode_blocks(values.view(-1, BLOCK_TOKENS, dim), slots.view(-1, size), overflow)
+            encode_blocks(values, slots.view(-1, overflow.layout.slot_bytes), overflow)
         else:
             _encode_on_host(values, PackedRun(slots, overflow))
 

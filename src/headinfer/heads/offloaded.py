@@ -389,12 +389,12 @@ class OffloadedHeads:
     ) -> None:
         _, stored_k, stored_v = self._memory.segments[key]
         there, here = slice(offset, offset + tokens), slice(source, source + tokens)
-        copies = [
+        copies = Moves(
             Copy(down[head, row, there], up[head, row, here])
             for down, up in ((stored_k, k), (stored_v, v))
             for head in range(up.shape[0])
             for row in range(up.shape[1])
-        ]
+        )
         self.last_write = self._engine.submit(copies, lane=Lane.OUT, after=[self._engine.fence()])
         self.written_bytes += sum(item.nbytes for item in copies)
 

@@ -29,7 +29,7 @@ from headinfer.spill import DiskEngine
 from headinfer.store import Append, Crop, Write
 from headinfer.tiers import Tier
 from headinfer.tiers.arena import bytes_as
-from headinfer.transfer import Copy, Lane, TransferEngine
+from headinfer.transfer import Copy, Lane, Moves, TransferEngine
 
 
 class _Unpacking(NamedTuple):
@@ -265,25 +265,32 @@ class PackedHeads(OffloadedHeads):
     def _write_blocks(
         self, writes: Sequence[Write], old: Piece, new: Piece, buffers: WriteBuffers
     ) -> None:
-        """Blocks of the old tail and the fresh keys are put together in a write buffer, encoded
-        within it and copied down."""
+        """The fresh keys are encoded from where they lie into a write buffer and copied down. Where
+        the old tail is the beginning of a block, blocks are put together in the buffer first."""
         batch = new.k.shape[0]
-        for heads in self._portions(buffers, batch, plain=True):
+        joined = bool(old.k.shape[2]) or new.k.stride(3) != 1 or new.v.stride(3) != 1
+        for heads in self._portions(buffers, batch, plain=joined):
             count = heads.stop - heads.start
             some = slice(heads.start, heads.stop)
             parts = [Piece(p.start, p.k[:, some], p.v[:, some]) for p in (old, new)]
-            step = self._fitting(buffers, count * batch, plain=True)
+            step = self._fitting(buffers, count * batch, plain=joined)
             for write in writes:
                 for done in range(0, write.tokens, step * BLOCK_TOKENS):
                     tokens = min(step * BLOCK_TOKENS, write.tokens - done)
                     index, buffer = buffers.acquire()
                     packed = self._packed_views(buffer, count, batch, tokens)
-                    rest = buffer[self._packed_bytes(count * batch, tokens) :]
-                    k, v = self._new_views(rest, count, batch, tokens)
-                    for part in parts:
-                        self._encode(part, old.start + write.source + done, k, v)
-                    for plain, slots in zip((k, v), packed, strict=True):
-                        self.codec.encode(plain, slots)
+                    start = old.start + write.source + done
+                    if joined:
+                        rest = buffer[self._packed_bytes(count * batch, tokens) :]
+                        plain = self._new_views(rest, count, batch, tokens)
+                        for part in parts:
+                            self._encode(part, start, *plain)
+                    else:
+                        here = slice(start - new.start, start - new.start + tokens)
+                        k, v = new.k[:, some, here], new.v[:, some, here]
+                        plain = k.transpose(0, 1), v.transpose(0, 1)
+                    for values, slots in zip(plain, packed, strict=True):
+                        self.codec.encode(values, slots)
                     self._submit_packed(write.key, write.offset + done, heads, *packed)
                     buffers.release(index, self.last_write)
 
@@ -323,9 +330,11 @@ class PackedHeads(OffloadedHeads):
             for row in range(up.shape[1])
         ]
         self.written_bytes += sum(item.nbytes for item in copies)
+        counted = self.codec.counted(self.shape.key_dim, self.shape.value_dim)
         if self._memory.on_disk(key):
-            copies += self._label_copies(key, heads.start, there, (k, v))
-        copies += self.codec.counted(self.shape.key_dim, self.shape.value_dim)
+            copies += [*self._label_copies(key, heads.start, there, (k, v)), *counted]
+        else:
+            copies = Moves([*copies, *counted])
         self.last_write = self._engine.submit(copies, lane=Lane.OUT, after=[self._engine.fence()])
         blocks = k.shape[0] * k.shape[1] * k.shape[2]
         self.codec.encoded(self.last_write, self._memory.blocks_of(blocks))

@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 Touch = Callable[[int, int], None]
 
+PASS_GAP_S = 0.03
+"""Between two layers that make their first memory: until that long after one, others are expected."""
+
 
 class HostTier:
     """Extents in host memory, at most `budget_bytes` in all (None: what the system gives).
@@ -140,7 +143,11 @@ class HostTier:
         return self.used_bytes + max(self.kept_bytes - self._kept_used, 0)
 
     def _mapping(self, size: int) -> _Mapping:
-        return _Mapping(size, pin=self.pin, touch=self._touch)
+        self._maker.rest()
+        try:
+            return _Mapping(size, pin=self.pin, touch=self._touch)
+        finally:
+            self._maker.rest()
 
     def adopt(self, memory: Tensor, nbytes: int, *, kept: bool = False) -> Extent:
         """Memory that somebody else mapped is an extent; `nbytes` of it count as used, of what is
@@ -216,7 +223,9 @@ def _on_device(device: int | None) -> None:
 class _Maker:
     """Makes page-locked mappings on a thread, with a pause as long as the last one took after each,
     unless somebody waits. The driver takes no work while it page-locks: one mapping after the other
-    would keep it from whoever enqueues kernels, until all of a pass are made.
+    would keep it from whoever enqueues kernels, until all of a pass are made. And it makes none
+    while the first pass makes its own, one layer after the other: both would take twice as long,
+    of which the pass would wait for all.
 
     Attributes:
         waited_for: set while somebody waits.
@@ -225,16 +234,24 @@ class _Maker:
     def __init__(self, touch: Touch | None) -> None:
         self.waited_for = threading.Event()
         self._touch = touch
-        self._pause_until = 0.0
+        self._pause_until = self._rest_until = 0.0
         self._stopped = False
 
     def make(self, size: int) -> _Mapping:
-        self.waited_for.wait(max(self._pause_until - time.perf_counter(), 0.0))
+        while not self.waited_for.is_set():
+            left = max(self._pause_until, self._rest_until) - time.perf_counter()
+            if left <= 0:
+                break
+            self.waited_for.wait(left)
         if self._stopped:
             raise TierClosed("host memory is not wanted any more")
         mapping = _Mapping(size, pin=True, touch=self._touch)
         self._pause_until = time.perf_counter() + mapping.seconds
         return mapping
+
+    def rest(self) -> None:
+        """Somebody makes a mapping of his own, and soon perhaps another."""
+        self._rest_until = time.perf_counter() + PASS_GAP_S
 
     def stop(self) -> None:
         """Nothing is made any more: the tier is gone."""

@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--kv-format", choices=("exact", "lossless", "both"), default="exact")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="decode steps between plain reads")
+    parser.add_argument("--settle", type=int, default=5, help="decode steps before any counts")
+    parser.add_argument("--raw", help="bytes of the file that plain reads read; by default all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     model = build(given.shape, given.device)
@@ -111,15 +113,16 @@ def measure(model: LlamaForCausalLM, given: argparse.Namespace) -> dict[str, Any
         with PeakMemory(device) as peak:  # plain reads have buffers of their own: not among them
             cache = run.new_cache()
             fill_s = fill(model, cache, given.tokens)
-            for _ in range(5):  # the share of the CPU settles, the order of layers is known
+            for _ in range(given.settle):  # the CPU's share settles, the order of layers is known
                 timed(model, cache, step)
         disk = cache.backing.runner._provision.disk
-        raw_best = max(RAW, key=lambda how: raw_rate(disk, *how)) if disk else None
+        some = None if given.raw is None else parse_bytes(given.raw)
+        raw_best = max(RAW, key=lambda how: raw_rate(disk, *how, some)) if disk else None
         steps, raws, queued = [], [], []
         for _ in range(given.rounds):
             if disk:
-                raws.append(raw_rate(disk, *raw_best))
-                queued.append(queue_rate(disk))
+                raws.append(raw_rate(disk, *raw_best, some))
+                queued.append(queue_rate(disk, some))
             for _ in range(given.steps):
                 steps.append(timed(model, cache, step))
         stats, plan = cache.stats().as_dict(), run.plan.as_dict()
@@ -263,10 +266,11 @@ def timed(
     return {"seconds": seconds, "disk_bytes": cache.stats().disk_read_bytes - before}
 
 
-def raw_rate(disk: Any, mib: int, threads: int) -> float:
-    """Bytes/s of plain reads of everything in the file, by threads with a buffer each."""
+def raw_rate(disk: Any, mib: int, threads: int, some: int | None = None) -> float:
+    """Bytes/s of plain reads of everything in the file, or the first `some` bytes, by threads with a
+    buffer each."""
     block = mib * MIB
-    starts = range(0, disk.used_bytes - block + 1, block)
+    starts = range(0, min(disk.used_bytes, some or disk.used_bytes) - block + 1, block)
     buffers = [mmap.mmap(-1, block) for _ in range(threads)]
 
     def read(place: int) -> None:
@@ -279,12 +283,12 @@ def raw_rate(disk: Any, mib: int, threads: int) -> float:
         return len(starts) * block / (time.perf_counter() - started)
 
 
-def queue_rate(disk: Any) -> float:
+def queue_rate(disk: Any, some: int | None = None) -> float:
     """Bytes/s of the same by the tier's own threads, with nothing but reads to do."""
     block, ahead = 8 * MIB, 8
     memory = mmap.mmap(-1, block * ahead)
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    starts = range(0, disk.used_bytes - block + 1, block)
+    starts = range(0, min(disk.used_bytes, some or disk.used_bytes) - block + 1, block)
     jobs: list[int] = []
     started = time.perf_counter()
     for place, start in enumerate(starts):

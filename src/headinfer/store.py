@@ -276,12 +276,14 @@ class SpanStore:
             CacheStateError: part of `span` is not stored.
         """
         found: list[Run] = []
+        missing = span.stop - span.start
         for segment in self.segments:
-            part = Span(segment.start, segment.stop).clip(span)
-            if part.tokens:
-                offset = segment.offset + part.start - segment.start
-                found.append(Run(segment.key, offset, part, segment.row_map))
-        if sum(run.span.tokens for run in found) != span.tokens:
+            start, stop = max(segment.start, span.start), min(segment.stop, span.stop)
+            if start < stop:
+                offset = segment.offset + start - segment.start
+                found.append(Run(segment.key, offset, Span(start, stop), segment.row_map))
+                missing -= stop - start
+        if missing:
             raise CacheStateError(f"tokens {span} are not all stored; {self.stored} are")
         return found
 

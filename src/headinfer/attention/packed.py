@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -225,11 +226,18 @@ class _Described(NamedTuple):
     held: tuple[Tensor, Tensor]  # what it points at
 
 
+@lru_cache(256)
+def _places_of(rows: Sequence[int], step: int) -> Tensor:
+    """Where batch rows begin; not to be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor([row * step for row in rows], dtype=torch.int64, device="cpu")
+
+
 def _described(run: PackedRun) -> _Described:
-    step, overflow = run.slots.stride(1), run.overflow
+    overflow = run.overflow
     entries = overflow.entries  # before the table, which may grow meanwhile
     table = overflow.table
-    rows = torch.tensor([row * step for row in run.rows], dtype=torch.int64, device="cpu")
+    rows = _places_of(run.rows, run.slots.stride(1))
     record = Packed(
         run.slots.data_ptr(),
         rows.data_ptr(),

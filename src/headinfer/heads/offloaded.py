@@ -404,12 +404,12 @@ class OffloadedHeads:
         first = group.start - self.heads.start
         there = slice(run.offset, run.offset + run.span.tokens)
         here = slice(at, at + run.span.tokens)
-        whole = stored[first : first + group.heads, :, there]
-        if run.row_map is None and whole.is_contiguous() and slot[:, :, here].is_contiguous():
-            return [Copy(slot[:, :, here], whole)]
+        whole, landing = stored[first : first + group.heads, :, there], slot[:, :, here]
+        if run.row_map is None and whole.is_contiguous() and landing.is_contiguous():
+            return [Copy(landing, whole)]
         rows = range(slot.shape[1]) if run.row_map is None else run.row_map
         return [
-            Copy(slot[head, row, here], whole[head, written])
+            Copy(landing[head, row], whole[head, written])
             for head in range(group.heads)
             for row, written in enumerate(rows)
         ]

@@ -26,7 +26,7 @@ from headinfer.attention.api import (
 )
 from headinfer.attention.few_shapes import fills_alone, key_spans
 from headinfer.attention.masks import Block, Causal, MaskRecipe
-from headinfer.attention.merge import identity, merge_all, merge_into, write_merged
+from headinfer.attention.merge import FEW, identity, merge_all, merge_into, write_merged
 from headinfer.attention.types import AttentionSpec, Partial, Window
 from headinfer.heads import PackedPiece, Piece
 
@@ -38,6 +38,9 @@ DECODED_BYTES = 512 * 2**20
 
 PENDING_BYTES = 2 * 2**20
 """Partials that wait for each other, per head group: a few, or the context would decide."""
+
+HELD_BYTES = 40 * 2**20
+"""Partials that a GPU holds to merge them at once; more is merged two by two, as on a CPU."""
 
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -193,8 +196,7 @@ class Total:
         bias = block.bias
         if bias is not None and bias.shape[1] != 1:
             bias = bias[:, self._heads[0] : self._heads[1]]
-        if not self._collect and len(self._parts) > 1:
-            _ = self.partial  # before there is a third: no more than two are held
+        self._make_room()
         part = packed.attend(
             q,
             piece.packed_k,
@@ -222,8 +224,7 @@ class Total:
             group._heads = first + head * per_kv, first + last * per_kv  # in a bias of all heads
             group._add_block(piece.plain(start, stop, slice(head, last)), block)
             groups.append(group)
-        if not self._collect and len(self._parts) > 1:
-            _ = self.partial
+        self._make_room()
         self.join(groups)
 
     def _reads_packed(self, piece: PackedPiece, block: Block, q: Tensor) -> bool:
@@ -291,8 +292,7 @@ class Total:
             k, v = query.expand(k, v)
         if bias is not None and bias.shape[1] != 1:
             bias = bias[:, self._heads[0] : self._heads[1]]
-        if not self._collect and len(self._parts) > 1:
-            _ = self.partial  # before there is a third: no more than two are held
+        self._make_room()
         part = attend(
             self._q[:, :, rows[0] : rows[1]],
             k,
@@ -319,6 +319,14 @@ class Total:
             self._parts, self._owned = [total], True
         here = slice(rows[0], rows[1])
         merge_into(Partial(total.out[:, :, here], total.lse[:, :, here]), part)
+
+    def _make_room(self) -> None:
+        """What is held is merged if another part would be one too many."""
+        if self._collect or len(self._parts) < 2:
+            return
+        few = self._parts[-1].out.is_cuda and len(self._parts) < FEW
+        if not few or (len(self._parts) + 1) * self._parts[-1].out.nbytes > HELD_BYTES:
+            _ = self.partial
 
     def _grows(self, piece: Piece, block: Block) -> bool:
         """Whether a softcap leaves these keys to an implementation whose memory they decide."""

@@ -307,7 +307,7 @@ def same(found, exact, *, rtol=1e-6):
 
 @runs
 @every_type
-@pytest.mark.parametrize("count", [2, 3, 7, 33, 70])
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 33, 70])
 def test_partials_merge_as_in_torch(dtype, count):
     parts = [part(seed, dtype, hidden=[1, 1 + seed % 4]) for seed in range(count)]
     found = fused(parts)
@@ -329,7 +329,7 @@ def test_merging_in_place_and_into_some_rows():
 
 
 @runs
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_results_are_written_in_their_own_layout_and_type(count):
     parts = [part(seed, hidden=[2]) for seed in range(count)]
     sink = torch.tensor([0.5, -20.0, 3.0], device=DEVICE)
@@ -341,6 +341,28 @@ def test_results_are_written_in_their_own_layout_and_type(count):
     assert whole[:, :, :2].isnan().all()
     assert whole[:, :, 5:].isnan().all()
     assert (out.double() - in_torch(parts).out).abs().max() > 1e-2  # a dropped sink would show
+
+
+@runs
+@pytest.mark.parametrize("count", [3, 4, 6])
+@pytest.mark.parametrize("laid_out", ["sum first", "as attention writes", "each in its own way"])
+def test_large_partials_are_merged_without_being_stacked(monkeypatch, count, laid_out):
+    """A sum in float32 and what came after it; keys of one call; of several kernels."""
+    monkeypatch.setattr(merge, "STACKED_BYTES", 0)
+    monkeypatch.setattr(torch, "stack", None)
+    parts = [part(seed, torch.float16, hidden=[1, 1 + seed % 4]) for seed in range(count)]
+    if laid_out == "sum first":
+        parts[0] = part(0, hidden=[1])
+    else:
+        odd = 2 if laid_out == "each in its own way" else 1
+        for place in range(0, count, odd):
+            out = parts[place].out.transpose(1, 2).contiguous().transpose(1, 2)
+            parts[place] = Partial(out, parts[place].lse)
+    same(fused(parts), in_torch(parts), rtol=3e-6)
+    sink, out = torch.randn(3, device=DEVICE), torch.empty((2, 5, 3, 40), device=DEVICE)
+    merge._merge_fused(parts, out.transpose(1, 2), None, sink)
+    exact = in_torch(parts, sink)
+    torch.testing.assert_close(out.transpose(1, 2).double(), exact.out, rtol=3e-6, atol=3e-6)
 
 
 @runs
@@ -570,6 +592,9 @@ def test_merge_kernels_compile_for_hopper(tmp_path):
     constants = {"WIDTH": 128, "BLOCK": 128, "WRITE_LSE": True, "SINK": True, "ALIGN": 8}
     two = constants | {"STEP": 32, "TWO": True}
     assert compiled(merge_kernels._merge_two, pointers, two, four, tmp_path)[1] == 0
+    few = constants | {"STEP": 16, "FOUR": True}
+    pointers |= {"e": "*bf16", "f": "*bf16", "e_lse": "*fp32", "f_lse": "*fp32"}
+    assert compiled(merge_kernels._merge_few, pointers, few, four, tmp_path)[1] == 0
     stacked = constants | {"PARTS": merge_kernels.STACKED, "DIVIDED": False}
     assert compiled(merge_kernels._merge_stacked, pointers, stacked, four, tmp_path)[1] == 0
 

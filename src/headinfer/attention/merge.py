@@ -20,6 +20,12 @@ from torch import Tensor
 
 from headinfer.attention.types import Partial
 
+FEW = 4
+"""Partials that a GPU merges in one pass over memory."""
+
+STACKED_BYTES = 2**20
+"""Outputs up to this size are stacked to merge any number of them; a copy of larger ones costs more."""
+
 
 def identity(shape: tuple[int, int, int, int], *, device: torch.device) -> Partial:
     """The partial over no keys at all, for outputs of `shape` [b, h, t, d]."""
@@ -120,10 +126,19 @@ def _new_fused(parts: Sequence[Partial]) -> Partial:
 def _merge_fused(
     parts: Sequence[Partial], out: Tensor, lse: Tensor | None, sink: Tensor | None
 ) -> None:
-    from headinfer.attention.merge_kernels import merge_stacked, merge_two
+    from headinfer.attention.merge_kernels import alike, merge_few, merge_stacked, merge_two
 
     if len(parts) <= 2:
         merge_two(parts[0], parts[1] if len(parts) > 1 else None, out=out, lse=lse, sink=sink)
+        return
+    if alike(parts):
+        merge_few(parts, out=out, lse=lse, sink=sink)
+        return
+    if parts[0].out.nbytes > STACKED_BYTES:
+        total = _new_fused(parts[:2])
+        for part in parts[2:-1]:
+            merge_into(total, part)
+        merge_two(total, parts[-1], out=out, lse=lse, sink=sink)
         return
     outs = torch.stack([part.out for part in parts])
     lses = torch.stack([part.lse for part in parts])

@@ -5,6 +5,7 @@ The arithmetic of `attention/merge.py`, which decides when these run; importing 
 triton. A row is one query token of one head; outputs may have any strides but a dense last axis.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headinfer.attention.merge import FEW
 from headinfer.attention.triton_math import precise_exp
 from headinfer.attention.types import Partial
 
 ELEMENTS = 4096
 """Output elements a program merges at a time: 32 per thread."""
+
+FEW_ELEMENTS = 2048
+"""What a program of `merge_few` holds of each."""
 
 STACKED = 32
 """Stacked partials read at a time."""
@@ -63,6 +68,60 @@ def merge_two(
             STEP=step,
             ALIGN=align,
             TWO=b is not None,
+            WRITE_LSE=lse is not None,
+            SINK=sink is not None,
+        )
+
+
+def alike(parts: Sequence[Partial]) -> bool:
+    """Whether `merge_few` takes them: all but the first have the same type and strides."""
+    if not 3 <= len(parts) <= FEW:
+        return False
+    one = parts[1]
+    how = one.out.dtype, one.out.stride(), one.lse.stride()
+    same = all((x.out.dtype, x.out.stride(), x.lse.stride()) == how for x in parts[2:])
+    return same and all(x.out.stride(-1) == 1 for x in parts)
+
+
+def merge_few(
+    parts: Sequence[Partial], *, out: Tensor, lse: Tensor | None, sink: Tensor | None = None
+) -> None:
+    """Write the merge of three or four partials that are `alike`, in their order, into out and lse as
+    `merge_two` does: each is read once, where merging two by two reads and writes a sum each time."""
+    first, second = parts[0], parts[1]
+    batch, heads, rows, width = first.out.shape
+    block = max(16, triton.next_power_of_2(width))
+    step = max(1, FEW_ELEMENTS // block)
+    count = batch * heads * rows
+    third, fourth = parts[2], parts[-1]
+    align = _alignment(first.out, second.out, out)
+    with _on(out):
+        _merge_few[(triton.cdiv(count, step),)](
+            first.out,
+            second.out,
+            third.out,
+            fourth.out,
+            out,
+            first.lse,
+            second.lse,
+            third.lse,
+            fourth.lse,
+            lse,
+            sink,
+            *_steps(first.out, align),
+            *_steps(second.out, align),
+            *_steps(out, align),
+            *first.lse.stride(),
+            *second.lse.stride(),
+            *((0, 0, 0) if lse is None else lse.stride()),
+            heads,
+            rows,
+            count,
+            WIDTH=width,
+            BLOCK=block,
+            STEP=step,
+            ALIGN=align,
+            FOUR=len(parts) == FEW,
             WRITE_LSE=lse is not None,
             SINK=sink is not None,
         )
@@ -196,6 +255,61 @@ def _merge_two(
         x *= _share(x_lse, logit)[:, None]
     place = out + (b * o_b + h * o_h + t * o_t)[:, None] * ALIGN + d[None, :]
     tl.store(place, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(x, place, inside):
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "count", *_PLACES])
+def _merge_few(
+    a, c, e, f, out, a_lse, c_lse, e_lse, f_lse, lse, sink,
+    a_b: tl.int64, a_h: tl.int64, a_t: tl.int64,
+    c_b: tl.int64, c_h: tl.int64, c_t: tl.int64,
+    o_b: tl.int64, o_h: tl.int64, o_t: tl.int64,
+    al_b: tl.int64, al_h: tl.int64, al_t: tl.int64,
+    cl_b: tl.int64, cl_h: tl.int64, cl_t: tl.int64,
+    ol_b: tl.int64, ol_h: tl.int64, ol_t: tl.int64,
+    heads, rows, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
+    FOUR: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    real = row < count
+    t, bh = row % rows, row // rows
+    h, b = bh % heads, bh // heads
+    d = tl.arange(0, BLOCK)
+    inside = real[:, None] & (d < WIDTH)[None, :]
+    place = (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :]
+    others = (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :]
+    at = b * cl_b + h * cl_h + t * cl_t
+    l0 = tl.load(a_lse + b * al_b + h * al_h + t * al_t, mask=real, other=0.0)
+    l1 = tl.load(c_lse + at, mask=real, other=0.0)
+    l2 = tl.load(e_lse + at, mask=real, other=0.0)
+    top = tl.maximum(tl.maximum(l0, l1), l2)
+    if FOUR:
+        l3 = tl.load(f_lse + at, mask=real, other=0.0)
+        top = tl.maximum(top, l3)
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    w0, w1, w2 = precise_exp(l0 - safe), precise_exp(l1 - safe), precise_exp(l2 - safe)
+    x = _part(a, place, inside) * w0[:, None] + _part(c, others, inside) * w1[:, None]
+    x += _part(e, others, inside) * w2[:, None]
+    whole = w0 + w1 + w2
+    if FOUR:
+        w3 = precise_exp(l3 - safe)
+        x += _part(f, others, inside) * w3[:, None]
+        whole += w3
+    divisor = tl.where(whole == 0.0, 1.0, whole)
+    x = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    found = tl.where(whole == 0.0, top, safe + tl.log(divisor))
+    if WRITE_LSE:
+        tl.store(lse + b * ol_b + h * ol_h + t * ol_t, found, mask=real)
+    if SINK:
+        logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)
+        x *= _share(found, logit)[:, None]
+    to = out + (b * o_b + h * o_h + t * o_t)[:, None] * ALIGN + d[None, :]
+    tl.store(to, x.to(out.dtype.element_ty), mask=inside)
 
 
 _STACK = [

@@ -350,6 +350,20 @@ def test_what_cannot_be_packed_stays_exact(placement, dtype):
     assert runner.ratios() == {}
 
 
+@pytest.mark.parametrize("kv_format", ["exact", "lossless"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_values_wider_than_keys_are_stored_in_the_type_of_keys(kv_format, device):
+    """With a block to be joined and without: blocks that were encoded where they lie were encoded as
+    what they are not."""
+    runner = make_runner(device, kv_format, "staged")
+    k = torch.randn(1, 2, 300, 64).to(device, torch.bfloat16)
+    v = torch.randn(1, 2, 300, 64).to(device, torch.bfloat16).float()
+    for part in (slice(0, 256), slice(256, 270), slice(270, 300)):
+        runner.append(0, k[:, :, part], v[:, :, part])
+    assert torch.equal(runner.gather(0, 300, values=False), k)
+    assert torch.equal(runner.gather(0, 300, values=True), v.bfloat16())
+
+
 @pytest.mark.skipif(native.why_absent() is not None, reason=str(native.why_absent()))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_without_the_native_library_the_reference_packs(placement, monkeypatch):

@@ -268,7 +268,9 @@ class PackedHeads(OffloadedHeads):
         """The fresh keys are encoded from where they lie into a write buffer and copied down. Where
         the old tail is the beginning of a block, blocks are put together in the buffer first."""
         batch = new.k.shape[0]
-        joined = bool(old.k.shape[2]) or new.k.stride(3) != 1 or new.v.stride(3) != 1
+        joined = bool(old.k.shape[2]) or any(
+            x.stride(3) != 1 or x.dtype != self.shape.dtype for x in (new.k, new.v)
+        )
         for heads in self._portions(buffers, batch, plain=joined):
             count = heads.stop - heads.start
             some = slice(heads.start, heads.stop)

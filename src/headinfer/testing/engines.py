@@ -143,7 +143,11 @@ class DeferredHostStream:
         self.drain()
         shape, how = q.shape[:3], (q.shape, q.dtype, value_dim)
         if how not in self._memory:
-            up = Partial(torch.empty(*shape, value_dim), torch.empty(shape))
+            out, lse = (
+                torch.empty(size, dtype=torch.float32, device="cpu")
+                for size in ((*shape, value_dim), shape)
+            )
+            up = Partial(out, lse)
             self._memory[how] = torch.empty(q.shape, dtype=q.dtype), up
         down, up = self._memory[how]
         down.copy_(q)

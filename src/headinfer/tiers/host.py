@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 Touch = Callable[[int, int], None]
 
+A_MAPPING_S = 60.0
+"""Longer than making one takes; over when it is made."""
+
 PASS_GAP_S = 0.03
 """Between two layers that make their first memory: until that long after one, others are expected."""
 
@@ -143,11 +146,11 @@ class HostTier:
         return self.used_bytes + max(self.kept_bytes - self._kept_used, 0)
 
     def _mapping(self, size: int) -> _Mapping:
-        self._maker.rest()
+        self._maker.rest(A_MAPPING_S)
         try:
             return _Mapping(size, pin=self.pin, touch=self._touch)
         finally:
-            self._maker.rest()
+            self._maker.rest(PASS_GAP_S)
 
     def adopt(self, memory: Tensor, nbytes: int, *, kept: bool = False) -> Extent:
         """Memory that somebody else mapped is an extent; `nbytes` of it count as used, of what is
@@ -249,9 +252,9 @@ class _Maker:
         self._pause_until = time.perf_counter() + mapping.seconds
         return mapping
 
-    def rest(self) -> None:
-        """Somebody makes a mapping of his own, and soon perhaps another."""
-        self._rest_until = time.perf_counter() + PASS_GAP_S
+    def rest(self, seconds: float) -> None:
+        """Somebody makes a mapping of his own, or will soon."""
+        self._rest_until = time.perf_counter() + seconds
 
     def stop(self) -> None:
         """Nothing is made any more: the tier is gone."""

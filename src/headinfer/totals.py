@@ -322,11 +322,12 @@ class Total:
 
     def _make_room(self) -> None:
         """What is held is merged if another part would be one too many."""
-        if self._collect or len(self._parts) < 2:
-            return
-        few = self._parts[-1].out.is_cuda and len(self._parts) < FEW
-        if not few or (len(self._parts) + 1) * self._parts[-1].out.nbytes > HELD_BYTES:
+        if not self._collect and len(self._parts) > 1 and self._full():
             _ = self.partial
+
+    def _full(self) -> bool:
+        last, held = self._parts[-1].out, len(self._parts)
+        return not last.is_cuda or held >= FEW or (held + 1) * last.nbytes > HELD_BYTES
 
     def _grows(self, piece: Piece, block: Block) -> bool:
         """Whether a softcap leaves these keys to an implementation whose memory they decide."""

@@ -23,13 +23,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headinfer import totals
 from headinfer.attention import api, merge
+from headinfer.attention.masks import Causal
 from headinfer.attention.merge import add_sink, identity, merge_all, merge_into, write_merged
+from headinfer.attention.merge_ahead import merge_everything
 from headinfer.attention.reference import ReferenceAttention
 from headinfer.attention.triton import TritonAttention, tiles_for
 from headinfer.attention.types import AttentionSpec, Partial, Window
+from headinfer.heads import Piece
 from headinfer.testing.interpreter import interpreter
 from headinfer.testing.numerics import check, eager, oracle
+from headinfer.totals import Query, Total
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -722,6 +727,34 @@ def test_merges_on_the_gpu_equal_those_in_torch(dtype):
     write_merged(parts, out.transpose(1, 2), sink=sink)
     expected = in_torch(parts, sink).out.to(dtype)
     torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+@runs
+def test_everything_is_merged_once_to_be_compiled(monkeypatch):
+    """Every number of partials that a prompt of a million tokens leaves, held as they are held there."""
+    seen = set()
+    fused = merge._merge_fused
+
+    def recorded(parts, out, lse, sink):
+        kinds = tuple(part.out.dtype for part in parts)
+        seen.add((len(parts) > merge.FEW or kinds, out.dtype, lse is None))
+        fused(parts, out, lse, sink)
+
+    monkeypatch.setattr(merge, "_merge_fused", recorded)
+    monkeypatch.setattr(merge, "_fused", lambda *parts, **how: True)
+    merge_everything(torch.device(DEVICE), torch.float16, 64)
+    compiled_for = set(seen)
+    monkeypatch.setattr(
+        totals, "attend", lambda q, k, v, **how: part(0, torch.float16, shape=(1, 2, 9, 64))
+    )
+    monkeypatch.setattr(totals.Total, "_full", lambda total: len(total._parts) >= merge.FEW)
+    q = torch.zeros(1, 2, 9, 64, dtype=torch.float16, device=DEVICE)
+    for count in range(2, 12):
+        total = Total(Query(q, 1.0, Causal(10**6), 64), q, (0, 2), "auto", collect=False)
+        for place in range(count):
+            total.add(Piece(9 * place, q, q))
+        total.finish(torch.empty(1, 9, 2, 64, dtype=torch.float16, device=DEVICE))
+    assert seen == compiled_for
 
 
 @gpu_only

@@ -98,6 +98,11 @@ def _share(part: Tensor, rest: Tensor) -> Tensor:
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether kernels merge outputs of `dtype` where these are on CUDA."""
+    return dtype in _FUSED and _triton_installed()
+
+
 def _fused(*parts: Partial, sink: Tensor | None = None) -> bool:
     """Whether the kernels merge these: all on CUDA, none in float64, no gradient to record."""
     if not parts[0].out.is_cuda or not _triton_installed():

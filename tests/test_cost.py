@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from headinfer.budget import GIB, MemoryBudget
 from headinfer.cost import (
+    NEAR_WAIT_S,
     attention_flops,
     block_params,
     chunk_time,
@@ -26,7 +27,9 @@ from headinfer.plan import make_plan
 from headinfer.rates import Rates
 
 FULL = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
-LLAMA3_8B = Geometry((FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B")
+LLAMA3_8B = Geometry(
+    (FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B", dtype="bfloat16"
+)
 GPU = Rates(
     machine="made up",
     dtype="bfloat16",
@@ -88,9 +91,27 @@ def test_decode_that_streams_takes_its_bytes_over_the_link():
 def test_decode_shared_with_the_cpu_ends_on_both_sides_together():
     step = decode_time(planned(resident_heads=0), GPU, length=131_072)
     chain = 32 * 0.5e-3 + 1e-3
+    assert step.parts["near-data attention"] > 32 * NEAR_WAIT_S
     assert step.parts["streaming"] == pytest.approx(chain + step.parts["near-data attention"])
     assert step.seconds == pytest.approx(step.parts["streaming"])
     assert step.seconds < 16 * GIB / 53e9 / 2
+
+
+def test_the_link_is_slower_while_the_cpu_reads_the_same_memory():
+    """Rates and tokens of one H200: each path alone would have promised 118 ms."""
+    rates = replace(
+        GPU, layer_s=0.2e-3, h2d_bytes_s=55e9, near_bytes_s=73e9, h2d_beside_bytes_s=49e9
+    )
+    for format_, tokens, found in (
+        ("exact", 131_072, 0.157),
+        ("exact", 262_144, 0.304),
+        ("lossless", 131_072, 0.133),
+        ("lossless", 262_144, 0.270),
+    ):
+        plan = planned(tokens=tokens, resident_heads=0, kv_format=format_)
+        assert decode_time(plan, rates, length=tokens).seconds == pytest.approx(found, rel=0.15)
+    streams = planned(resident_heads=0, near_data=0.0)
+    assert decode_time(streams, rates, length=131_072).seconds == pytest.approx(16 * GIB / 55e9)
 
 
 def test_a_cpu_does_one_thing_after_another():

@@ -115,7 +115,8 @@ def test_fewer_bytes_move_and_a_step_is_predicted_faster():
     assert exact == offloaded_bytes(both[0], 256 * 1024)
     assert packed / exact == pytest.approx(193.75 / 256)
     slow, quick = (decode_time(plan, RATES, length=256 * 1024).seconds for plan in both)
-    assert quick < 0.8 * slow
+    # The CPU attends packed bytes at nine tenths of the rate of plain ones.
+    assert packed / exact < quick / slow < 0.85
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -24,6 +24,12 @@ SAMPLES = 17
 NOT_HIDDEN = 0.1
 """Of what goes on beside the slowest path of a chunk, what it delays that one by: they share the
 memory's bandwidth, and neither starts or ends with the other. An assumption."""
+NEAR_WAIT_S = 0.4e-3
+"""What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
+come up. What H200s took; an assumption elsewhere."""
+NEAR_PACKED = 0.9
+"""Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
+reads the same memory: as H200s' hosts did."""
 ANSWER_TOKENS = 64
 """Of a request whose prompt is all that is known."""
 DISK = "disk read rate"
@@ -162,11 +168,12 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
     chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=moved, chain_s=chain)
-    near_s = 0.0
-    if near_share and rates.near_bytes_s is not None:
-        near_s = near_share * moved / rates.near_bytes_s
+    near_s, link = 0.0, rates.h2d_bytes_s
+    if near_share:
+        near_s = near_share * moved / _near_rate(plan, rates) + _near_waits_s(plan)
+        link = rates.shared_h2d_bytes_s or link
     parts["near-data attention"] = near_s
-    parts["streaming"] = (1 - near_share) * moved / rates.h2d_bytes_s
+    parts["streaming"] = (1 - near_share) * moved / link
     paths = {"chain": chain + near_s, "streaming": parts["streaming"]}
     disk = _disk_paths(plan, rates, length)
     paths, parts = paths | disk, parts | disk
@@ -180,15 +187,30 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
 def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> float:
     """The share of offloaded bytes the CPU attends: given, or where both paths take as long.
 
-    The CPU's path takes chain + share * bytes / near rate, the link's (1 - share) * bytes / link
+    The CPU's path takes chain + waits + share * bytes / near rate, the link's (1 - share) * bytes / link
     rate; see `headinfer.balance`.
     """
-    if not plan.near_adapts or rates.near_bytes_s is None or not rates.h2d_bytes_s:
-        return plan.near_share if rates.near_bytes_s is not None else 0.0
+    if not rates.near_bytes_s or not rates.shared_h2d_bytes_s:
+        return 0.0
+    if not plan.near_adapts:
+        return plan.near_share
     if not offloaded:
         return 0.0
-    by_link, by_cpu = offloaded / rates.h2d_bytes_s, offloaded / rates.near_bytes_s
+    by_link, by_cpu = offloaded / rates.shared_h2d_bytes_s, offloaded / _near_rate(plan, rates)
+    chain_s += _near_waits_s(plan)
     return min(max((by_link - chain_s) / (by_link + by_cpu), 0.0), 1.0)
+
+
+def _near_rate(plan: Plan, rates: Rates) -> float:
+    packed = ratio_of(plan.geometry, plan.kv_format) < 1
+    return (rates.near_bytes_s or 0.0) * (NEAR_PACKED if packed else 1.0)
+
+
+def _near_waits_s(plan: Plan) -> float:
+    """Seconds that layers with offloaded heads wait for the CPU, in all."""
+    layers = zip(plan.geometry.layers, plan.resident_heads, strict=True)
+    asked = sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
+    return NEAR_WAIT_S * asked
 
 
 def block_params(geometry: Geometry) -> int:

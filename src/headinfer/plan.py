@@ -125,9 +125,10 @@ def _first_share(options: Options) -> float:
     if options.near_data is not None:
         return options.near_data
     rates = options.rates
-    if rates is None or not rates.near_bytes_s or not rates.h2d_bytes_s:
+    link = None if rates is None else rates.shared_h2d_bytes_s
+    if rates is None or not rates.near_bytes_s or not link:
         return NEAR_SHARE
-    return round(rates.near_bytes_s / (rates.near_bytes_s + rates.h2d_bytes_s), 2)
+    return round(rates.near_bytes_s / (rates.near_bytes_s + link), 2)
 
 
 def _plan(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 BLOCK_ROWS = 2048
 PAGEABLE_BYTES_S = 6e9
 """Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
@@ -27,6 +27,7 @@ HIGHER_IS_BETTER = (
     "h2d_bytes_s",
     "d2h_bytes_s",
     "near_bytes_s",
+    "h2d_beside_bytes_s",
     "host_read_bytes_s",
     "pageable_bytes_s",
 )
@@ -51,6 +52,7 @@ class Rates:
         d2h_bytes_s: device to host; None on a CPU.
         near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
             CPU, where that is `resident_bytes_s`.
+        h2d_beside_bytes_s: host to device while the CPU attends at that rate; None if not measured.
         near_by_threads: keys and values that the native kernel attends per second while nothing else
             runs, by its threads; empty without the native library.
         host_read_bytes_s: host memory read by all threads.
@@ -72,6 +74,7 @@ class Rates:
     h2d_bytes_s: float | None = None
     d2h_bytes_s: float | None = None
     near_bytes_s: float | None = None
+    h2d_beside_bytes_s: float | None = None
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
     pageable_bytes_s: float = PAGEABLE_BYTES_S
@@ -85,6 +88,11 @@ class Rates:
     def attention_flops_of(self, dim: int) -> float:
         """The rate at the nearest head dim measured."""
         return self.attention_flops[min(self.attention_flops, key=lambda known: abs(known - dim))]
+
+    @property
+    def shared_h2d_bytes_s(self) -> float | None:
+        """Host to device while the CPU attends; as on its own where that was not measured."""
+        return self.h2d_beside_bytes_s or self.h2d_bytes_s
 
     @property
     def threads_enough(self) -> int | None:
@@ -164,7 +172,10 @@ class Rates:
             pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"
             lines += [
                 f"  host to device {gb(self.h2d_bytes_s)}, back {gb(self.d2h_bytes_s)}",
-                f"  the CPU attends offloaded heads at {gb(self.near_bytes_s)}",
+                (
+                    f"  the CPU attends offloaded heads at {gb(self.near_bytes_s)} while "
+                    f"{gb(self.shared_h2d_bytes_s)} go to the device"
+                ),
                 f"  page-locking {pin}",
             ]
         return "\n".join(lines)

@@ -35,6 +35,8 @@ def test_times_as_planned_are_predicted(foretelling: Measure) -> None:
     prefill = results.find("small", "planned", 80, "prefill")
     assert prefill is not None
     assert len(prefill.settings["chunk_seconds"]) == 1
+    assert all(0 < loop < 1000 for loop in prefill.settings["interpreter_ms"])
+    assert results.sessions[0].machine["rates"] == {"float32 on cpu": RATES.as_dict()}
     resident = results.find("small", "resident", 80, "prefill")
     assert resident is not None
     assert not resident.predicted

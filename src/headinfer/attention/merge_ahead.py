@@ -32,13 +32,22 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, width: int) -> None:
         _thread(device, dtype, width)
 
 
+def finish_compiling() -> None:
+    """Return when nothing is compiled ahead any more: before something is timed."""
+    for thread in list(_threads):
+        thread.join()
+
+
+_threads: list[threading.Thread] = []
+
+
 @cache
-def _thread(device: torch.device, dtype: torch.dtype, width: int) -> threading.Thread:
+def _thread(device: torch.device, dtype: torch.dtype, width: int) -> None:
     thread = threading.Thread(
         target=_compile, args=(device, dtype, width), name="headinfer-compile"
     )
+    _threads.append(thread)
     thread.start()
-    return thread
 
 
 def _compile(device: torch.device, dtype: torch.dtype, width: int) -> None:

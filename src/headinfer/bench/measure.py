@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from headinfer.attention.merge_ahead import finish_compiling
 from headinfer.bench.cases import Case, Mode
 from headinfer.bench.clock import Deadline, Marks, attention_timed
 from headinfer.bench.contestants import Entry, Ground, enter, pinned_bytes
@@ -105,6 +106,7 @@ def warm_up(contestant: str, ground: Ground, *, first_token: bool = False) -> No
             entry.fill(ground.tokens - 4)
             for _ in range(3):
                 _token(entry)
+        finish_compiling()
         settle(ground.device)
 
 

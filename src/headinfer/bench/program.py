@@ -21,7 +21,7 @@ from headinfer.bench import measure
 from headinfer.bench.cases import CASES, KNOWN, Case, Mode, chosen_cases, narrowed
 from headinfer.bench.clock import Deadline, OutOfTime
 from headinfer.bench.contestants import Ground, NotAvailable, clean
-from headinfer.bench.machine import Others, devices_here, session_now, settle
+from headinfer.bench.machine import Others, devices_here, interpreter_ms, session_now, settle
 from headinfer.bench.models import build
 from headinfer.bench.packed import packed_rows
 from headinfer.bench.rates import kernel_rows, pinning_rows, rate_rows
@@ -186,11 +186,19 @@ class _Runs:
         self._position += 1
         length = f" at {key[2]:,} tokens" if key[2] else ""
         self._say(f"[{count}] {key[0]}: {key[1]}{length}")
-        others = Others()
+        others, before = Others(), interpreter_ms()
         rows, lost = self._attempt(case, key)
         busy, session = others.share(), len(results.sessions) - 1
+        speed = {"interpreter_ms": [before, interpreter_ms()]}
         results.put(
-            replace(row, others_busy=busy, position=self._position, session=session) for row in rows
+            replace(
+                row,
+                others_busy=busy,
+                position=self._position,
+                session=session,
+                settings=row.settings | speed,
+            )
+            for row in rows
         )
         results.pending = None
         self._keep()
@@ -275,7 +283,10 @@ class _Runs:
         key = (device, dtype)
         if key not in self._predicting:
             self._say(f"    rates of {dtype} on {device}, for predictions")
-            self._predicting[key] = rates_for(device, getattr(torch, dtype))
+            found = self._predicting[key] = rates_for(device, getattr(torch, dtype))
+            # With the figures: what another cost model would have said can be worked out later.
+            kept = self._results.sessions[-1].machine.setdefault("rates", {})
+            kept[f"{dtype} on {device}"] = found.as_dict()
         return self._predicting[key]
 
     def _load(self, shape: str, dtype: str, device: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -31,8 +32,12 @@ DIMS = (64, 128)
 AGAIN_S = 5.0
 """A measurement of a CPU that took less is made twice."""
 NO_ATTENTION = "headinfer-probe"
-NEAR_COPIES = 24
-"""Copies of 256 MiB: a tenth of a second, longer than attention beside them is timed."""
+NEAR_BYTES = 2 * GIB
+"""Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
+are hundreds of MiB."""
+NEAR_COPIES = 48
+"""Copies of 256 MiB: a fifth of a second, longer than attention beside them is timed."""
+COPIED = 256 * MIB
 
 
 def rates_for(device: torch.device | str, dtype: torch.dtype, *, refresh: bool = False) -> Rates:
@@ -65,7 +70,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
-        near = _near(device, dtype) if gpu else None
+        near = _near(device, dtype) if gpu else (None, None)
         copies = _copies(clock, device) if gpu else (None, None)
         pin = _pinning() if gpu else None
     gc.collect()
@@ -83,7 +88,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         token_s=token_s,
         h2d_bytes_s=copies[0],
         d2h_bytes_s=copies[1],
-        near_bytes_s=near,
+        near_bytes_s=near[0],
+        h2d_beside_bytes_s=near[1],
         near_by_threads=_by_threads(dtype, (512 if gpu else 128) * MIB),
         host_read_bytes_s=_host_read(),
         pin_s_per_gib=pin,
@@ -244,20 +250,28 @@ def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
     return found
 
 
-def _near(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode."""
-    there = torch.empty(256 * MIB, dtype=torch.uint8, device=device)
-    here = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True, device="cpu")
+def _near(device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
+    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode, and those
+    of the link; None if too few copies came to an end meanwhile."""
+    there = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    # Other bytes with every copy, or caches would hold them.
+    here = torch.empty(4 * COPIED, dtype=torch.uint8, pin_memory=True, device="cpu").view(4, -1)
     stream, host = torch.cuda.Stream(device), torch.device("cpu")
+    landed = [torch.cuda.Event(enable_timing=True) for _ in range(NEAR_COPIES)]
 
     def copy() -> None:
         with torch.cuda.stream(stream):
-            for _ in range(NEAR_COPIES):
-                there.copy_(here, non_blocking=True)
+            for place, event in enumerate(landed):
+                there.copy_(here[place % 4], non_blocking=True)
+                event.record(stream)
 
-    found = _token_attention(_Clock(host), host, dtype, 512 * MIB, beside=copy)
+    nbytes = min(NEAR_BYTES, psutil.virtual_memory().available // 8)
+    found = _token_attention(_Clock(host), host, dtype, nbytes, beside=copy)
+    ended = sum(event.query() for event in landed)
     stream.synchronize()
-    return found
+    if ended < 3:
+        return found, None
+    return found, COPIED * (ended - 1) / landed[0].elapsed_time(landed[ended - 1]) * 1e3
 
 
 def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:
@@ -291,7 +305,8 @@ def _pinning() -> float | None:
 
 
 def _host_read() -> float:
-    memory = torch.ones(64 * MIB, dtype=torch.float32, device="cpu")
+    size = min(GIB, psutil.virtual_memory().available // 8)
+    memory = torch.ones(size // 4, dtype=torch.float32, device="cpu")
     if native.why_absent() is None:
         times = [native.read_seconds(memory.data_ptr(), memory.nbytes) for _ in range(4)]
         return memory.nbytes / min(times)

@@ -284,9 +284,10 @@ class _Runs:
         if key not in self._predicting:
             self._say(f"    rates of {dtype} on {device}, for predictions")
             found = self._predicting[key] = rates_for(device, getattr(torch, dtype))
-            # With the figures: what another cost model would have said can be worked out later.
-            kept = self._results.sessions[-1].machine.setdefault("rates", {})
-            kept[f"{dtype} on {device}"] = found.as_dict()
+            if found is not None:
+                # With the figures: what another cost model would have said can be worked out later.
+                kept = self._results.sessions[-1].machine.setdefault("rates", {})
+                kept[f"{dtype} on {device}"] = found.as_dict()
         return self._predicting[key]
 
     def _load(self, shape: str, dtype: str, device: str) -> None:

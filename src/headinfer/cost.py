@@ -132,7 +132,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         * geometry.itemsize
         / rates.weight_bytes_s,
     }
-    host_s = _host_s(plan, rates)
+    host_s = _chunk_host_s(plan, rates)
     parts = {**compute, "launching": host_s}
     disk = _disk_paths(plan, rates, past)
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another, while threads read a disk
@@ -208,9 +208,13 @@ def _near_rate(plan: Plan, rates: Rates) -> float:
 
 def _near_waits_s(plan: Plan) -> float:
     """Seconds that layers with offloaded heads wait for the CPU, in all."""
+    return NEAR_WAIT_S * _streamed_layers(plan)
+
+
+def _streamed_layers(plan: Plan) -> int:
+    """Layers of which heads are offloaded."""
     layers = zip(plan.geometry.layers, plan.resident_heads, strict=True)
-    asked = sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
-    return NEAR_WAIT_S * asked
+    return sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
 
 
 def block_params(geometry: Geometry) -> int:
@@ -303,6 +307,15 @@ def _disk_paths(plan: Plan, rates: Rates, tokens: int) -> dict[str, float]:
 def moved_bytes(plan: Plan, tokens: int) -> int:
     """Bytes of offloaded heads as they are stored, over `tokens` tokens: what crosses a link."""
     return int(offloaded_bytes(plan, tokens) * ratio_of(plan.geometry, plan.kv_format))
+
+
+def _chunk_host_s(plan: Plan, rates: Rates) -> float:
+    """Seconds that enqueueing a chunk takes, layer by layer."""
+    if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
+        return _host_s(plan, rates)
+    streamed = _streamed_layers(plan) if plan.staging else 0
+    others = len(plan.geometry.layers) - streamed
+    return others * rates.chunk_layer_s + streamed * rates.streamed_layer_s + rates.token_s
 
 
 def _host_s(plan: Plan, rates: Rates) -> float:

@@ -31,7 +31,7 @@ HIGHER_IS_BETTER = (
     "host_read_bytes_s",
     "pageable_bytes_s",
 )
-LOWER_IS_BETTER = ("layer_s", "token_s", "pin_s_per_gib")
+LOWER_IS_BETTER = ("layer_s", "token_s", "chunk_layer_s", "streamed_layer_s", "pin_s_per_gib")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,9 @@ class Rates:
             in place, for a single token.
         layer_s: seconds of a layer that has next to nothing to compute.
         token_s: seconds of a generated token beside its layers: sampling, masks, Python.
+        chunk_layer_s, streamed_layer_s: seconds of a layer of a prompt's chunk that has next to nothing to
+            compute, its heads resident or streamed; None on a CPU. More than `layer_s`, as a chunk is
+            enqueued by the model's own code, and steps of a decode are recorded.
         h2d_bytes_s: host to device from page-locked memory; None on a CPU.
         d2h_bytes_s: device to host; None on a CPU.
         near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
@@ -71,6 +74,8 @@ class Rates:
     resident_bytes_s: float
     layer_s: float
     token_s: float
+    chunk_layer_s: float | None = None
+    streamed_layer_s: float | None = None
     h2d_bytes_s: float | None = None
     d2h_bytes_s: float | None = None
     near_bytes_s: float | None = None
@@ -167,6 +172,11 @@ class Rates:
             lines.append(
                 f"  the disk is read at {gb(self.disk_read_bytes_s)}, written at "
                 f"{gb(self.disk_write_bytes_s)}"
+            )
+        if self.chunk_layer_s is not None and self.streamed_layer_s is not None:
+            lines.append(
+                f"  of a prompt's chunk a resident layer takes at least {self.chunk_layer_s * 1e3:.2f} ms, a "
+                f"streamed one {self.streamed_layer_s * 1e3:.2f} ms"
             )
         if self.h2d_bytes_s is not None:
             pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"

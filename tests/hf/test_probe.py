@@ -112,3 +112,11 @@ def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) 
     assert found.rates == SOME
     assert found.outlooks[0].prediction is not None
     assert found.outlooks[0].prediction.decode_s > 4 * 1e-4
+
+
+def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CHUNKS", 4)
+    with torch.no_grad():
+        resident, streamed = probe._chunk_layers(CPU, torch.float32)
+    assert 0 < resident < 10
+    assert 0 < streamed < 10

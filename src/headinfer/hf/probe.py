@@ -21,8 +21,10 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Llam
 
 from headinfer.attention import native
 from headinfer.attention.api import attend
+from headinfer.attention.merge_ahead import finish_compiling
 from headinfer.budget import GIB, MIB
 from headinfer.hf.attach import attach
+from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.quiet import quiet_transformers
 from headinfer.hf.remembered import known_rates, machine_name, remember
 from headinfer.rates import BLOCK_ROWS, PAGEABLE_BYTES_S, Rates
@@ -32,6 +34,7 @@ DIMS = (64, 128)
 AGAIN_S = 5.0
 """A measurement of a CPU that took less is made twice."""
 NO_ATTENTION = "headinfer-probe"
+CHUNK_HEADS, CHUNKS = 8, 8
 NEAR_BYTES = 2 * GIB
 """Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
 are hundreds of MiB."""
@@ -66,6 +69,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     gpu = device.type == "cuda"
     with torch.no_grad(), quiet_transformers():
         layer_s, token_s = _per_layer(device, dtype)
+        chunk_layers = _chunk_layers(device, dtype) if gpu else (None, None)
         block_flops = _block_flops(clock, device, dtype)
         weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
@@ -86,6 +90,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         resident_bytes_s=resident,
         layer_s=layer_s,
         token_s=token_s,
+        chunk_layer_s=chunk_layers[0],
+        streamed_layer_s=chunk_layers[1],
         h2d_bytes_s=copies[0],
         d2h_bytes_s=copies[1],
         near_bytes_s=near[0],
@@ -137,6 +143,46 @@ def _decode_s(device: torch.device, dtype: torch.dtype, depth: int) -> float:
                        do_sample=False, eos_token_id=None, pad_token_id=0, streamer=step)  # fmt: skip
     steps = sorted(step.seconds[4:])
     return steps[len(steps) // 4]  # a step that nobody disturbs, not the luckiest one
+
+
+def _chunk_layers(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a layer of a prompt's chunk with next to nothing to compute: resident, and streamed."""
+    found = []
+    for resident in (CHUNK_HEADS, 0):
+        seconds = [_chunk_s(device, dtype, depth, resident) for depth in (2, 10)]
+        found.append(max((seconds[1] - seconds[0]) / 8, 1e-6))
+    finish_compiling()
+    return found[0], found[1]
+
+
+def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int) -> float:
+    config = LlamaConfig(
+        hidden_size=CHUNK_HEADS * 64,
+        intermediate_size=128,
+        num_hidden_layers=depth,
+        num_attention_heads=CHUNK_HEADS,
+        num_key_value_heads=CHUNK_HEADS,
+        vocab_size=256,
+        max_position_embeddings=4096,
+    )
+    model, seconds = LlamaForCausalLM(config).to(device, dtype).eval(), []
+    ids = torch.ones((1, 256), dtype=torch.long, device=device)
+    how: dict[str, Any] = {
+        "resident_heads": resident,
+        "near_data": 0.0,
+        "staging": True,
+        "kv_format": "exact",
+    }
+    with attach(model, expected_tokens=CHUNKS * 256 + 1, **how) as run:
+        cache = run.new_cache()
+        for _ in range(CHUNKS):
+            started = time.perf_counter()
+            out = model(input_ids=ids, logits_to_keep=1, **cache_argument(model, cache))
+            _ = out.logits[0, 0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+        cache.close()
+    # The first ones compile, build plans and make host memory.
+    return sorted(seconds[CHUNKS // 2 :])[1]
 
 
 class _Steps:

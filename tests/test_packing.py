@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from headinfer.budget import GIB, MIB, MemoryBudget
-from headinfer.cost import decode_time, moved_bytes, offloaded_bytes
+from headinfer.cost import chunk_time, decode_time, moved_bytes, offloaded_bytes, request_s
 from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
@@ -104,6 +104,63 @@ def test_layers_that_cannot_be_packed_are_counted_as_they_are():
     plan = planned(128 * 1024, geometry=mixed, kv_format="lossless", resident_heads=0)
     assert plan.ring_slot_bytes == plan.slot_bytes  # those layers' tiles need all of it
     assert why_plain(replace(LLAMA, layers=(odd,))) is not None
+
+
+MEASURED = replace(RATES, h2d_beside_bytes_s=49e9, near_bytes_s=73e9, near_packed_bytes_s=66e9)
+
+
+def test_packed_is_taken_where_it_is_predicted_to_be_quicker():
+    exact, packed, chosen = (
+        planned(128 * 1024, kv_format=name, rates=MEASURED) for name in ("exact", "lossless", None)
+    )
+    before, after = (request_s(plan, MEASURED, prompt_tokens=2**17) for plan in (exact, packed))
+    assert after < before
+    assert chosen.kv_format == "lossless"
+    assert chosen.resident_heads == packed.resident_heads
+    (reason,) = [line for line in chosen.reasons if "without loss" in line]
+    assert f"take {after:.1f} s by prediction, {before:.1f} s as they are" in reason
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "the CPU unpacks slowly",
+        "the CPU was not timed over packed keys",
+        "nothing is known of the machine",
+        "everything stays on the GPU",
+        "some of it goes to a disk",
+        "it was not asked for",
+        "the length is not known",
+        "it would not fit",
+    ],
+)
+def test_plain_is_kept_where_packed_promises_nothing(why):
+    how = {"rates": MEASURED, "tokens": 128 * 1024}
+    how |= {
+        "the CPU unpacks slowly": {"rates": replace(MEASURED, near_packed_bytes_s=15e9)},
+        "the CPU was not timed over packed keys": {
+            "rates": replace(MEASURED, near_packed_bytes_s=None)
+        },
+        "nothing is known of the machine": {"rates": None},
+        "everything stays on the GPU": {"gpu": "80"},
+        "some of it goes to a disk": {
+            "disk": "/somewhere",
+        },
+        "it was not asked for": {"kv_format": "exact"},
+        "the length is not known": {"tokens": None},
+        "it would not fit": {"geometry": replace(LLAMA, dtype="float32", itemsize=4)},
+    }[why]
+    assert planned(how.pop("tokens"), **how).kv_format == "exact"
+
+
+def test_packing_is_part_of_a_chunk():
+    exact, packed = (
+        planned(128 * 1024, kv_format=name, resident_heads=0, near_data=0.0, rates=MEASURED)
+        for name in ("exact", "lossless")
+    )
+    slow, quick = (chunk_time(p, MEASURED, past=90_112, new=8192).parts for p in (packed, exact))
+    assert quick["packing"] == 0
+    assert slow["packing"] == pytest.approx(0.014, rel=0.2)  # an H200: 14 ms of a chunk of 915
 
 
 def test_fewer_bytes_move_and_a_step_is_predicted_faster():

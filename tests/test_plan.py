@@ -47,7 +47,8 @@ geometries = st.builds(
     intermediate_size=st.integers(64, 30000),
     vocab_size=st.integers(100, 200_000),
     weight_bytes=st.integers(0, 20 * GIB),
-)
+    dtype=st.sampled_from(["", "bfloat16"]),
+).filter(lambda geometry: not geometry.dtype or geometry.itemsize == 2)
 
 
 @settings(max_examples=150, deadline=None)
@@ -268,6 +269,10 @@ rates_found = st.builds(
     h2d_bytes_s=st.floats(3e9, 60e9),
     d2h_bytes_s=st.just(50e9),
     near_bytes_s=st.one_of(st.none(), st.floats(5e9, 150e9)),
+    near_packed_bytes_s=st.one_of(st.none(), st.floats(5e9, 150e9)),
+    h2d_beside_bytes_s=st.one_of(st.none(), st.floats(3e9, 60e9)),
+    chunk_layer_s=st.one_of(st.none(), st.floats(1e-4, 1e-2)),
+    streamed_layer_s=st.one_of(st.none(), st.floats(1e-4, 1e-2)),
     pin_s_per_gib=st.one_of(st.none(), st.floats(0.05, 0.7)),
 )
 

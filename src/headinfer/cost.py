@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from headinfer.budget import GIB
 from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
-from headinfer.packing import ratio_of
+from headinfer.packing import packs, ratio_of
 from headinfer.rates import Rates
 
 SHAPE_ONLY = Rates("any", "any", 1e12, {128: 1e12}, 1e15, 1e15, 0.0, 0.0)
@@ -29,7 +29,10 @@ NEAR_WAIT_S = 0.4e-3
 come up. What H200s took; an assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
-reads the same memory: as H200s' hosts did."""
+reads the same memory: as H200s' hosts did. Where it was not measured."""
+ENCODED, DECODED = 0.06, 0.45
+"""Plain bytes per second that a GPU encodes and decodes, of the rate at which it reads weights: as H200s
+did. An assumption elsewhere."""
 ANSWER_TOKENS = 64
 """Of a request whose prompt is all that is known."""
 DISK = "disk read rate"
@@ -121,6 +124,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         * sum(layer.expansion_flops for layer in geometry.layers)
         / rates.block_flops,
         "bringing weights": moved_weights_s(geometry, rates),
+        "packing": _packing_s(plan, rates, past=past, new=new),
         "attention": sum(
             attention_flops(layer, past=past, new=new, batch=batch)
             / rates.attention_flops_of(max(layer.attended_dims))
@@ -202,8 +206,18 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
 
 
 def _near_rate(plan: Plan, rates: Rates) -> float:
-    packed = ratio_of(plan.geometry, plan.kv_format) < 1
-    return (rates.near_bytes_s or 0.0) * (NEAR_PACKED if packed else 1.0)
+    plain = rates.near_bytes_s or 0.0
+    if not packs(plan.geometry, plan.kv_format):
+        return plain
+    return rates.near_packed_bytes_s or NEAR_PACKED * plain
+
+
+def _packing_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
+    """Seconds that a GPU encodes what a chunk brings and decodes what it attends."""
+    if rates.h2d_bytes_s is None or not packs(plan.geometry, plan.kv_format):
+        return 0.0
+    encoded = offloaded_bytes(plan, past + new) - offloaded_bytes(plan, past)
+    return (encoded / ENCODED + offloaded_bytes(plan, past) / DECODED) / rates.weight_bytes_s
 
 
 def _near_waits_s(plan: Plan) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from headinfer.budget import format_bytes
 from headinfer.chunks import hiding_reason, hiding_tokens, roomy
-from headinfer.cost import ANSWER_TOKENS, request_s
+from headinfer.cost import ANSWER_TOKENS, offloaded_bytes, request_s
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import (
@@ -70,7 +70,7 @@ def make_plan(geometry: Geometry, options: Options, *, device: str, batch: int =
 
 def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) -> Plan:
     """The plan in the format asked for; else as plain bytes, unless packed ones fit where these do
-    not."""
+    not, or are predicted to be quicker."""
     exact = replace(options, kv_format=EXACT.name)
     packed = replace(options, kv_format=LOSSLESS.name)
     if options.kv_format is not None:
@@ -79,7 +79,7 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
     if not packs(geometry, LOSSLESS.name):
         return _plan(geometry, exact, device, batch)
     try:
-        return _plan(geometry, exact, device, batch)
+        return _quicker(_plan(geometry, exact, device, batch), packed, device)
     except BudgetTooSmall as too_small:
         if too_small.tier == "gpu":
             raise
@@ -103,6 +103,29 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
             budget_bytes=too_small.budget_bytes,
             needed_bytes=too_small.needed_bytes,
         ) from too_small
+
+
+def _quicker(exact: Plan, packed: Options, device: str) -> Plan:
+    """`exact`, or the plan in the lossless format where that was measured to be attended by the CPU, and
+    the request is predicted to end sooner. Both have the same bits."""
+    rates, tokens = packed.rates, packed.expected_tokens
+    if rates is None or rates.near_packed_bytes_s is None or not tokens:
+        return exact
+    # On a disk beside a GPU packed blocks have run on simulated devices alone.
+    if device == "cpu" or packed.disk is not None or not offloaded_bytes(exact, tokens):
+        return exact
+    try:
+        found = _plan(exact.geometry, packed, device, exact.batch)
+    except BudgetTooSmall:
+        return exact
+    before, after = (request_s(plan, rates, prompt_tokens=tokens) for plan in (exact, found))
+    if after >= before:
+        return exact
+    why = (
+        f"a prompt of {tokens:,} tokens and {ANSWER_TOKENS} after it take {after:.1f} s by prediction, "
+        f"{before:.1f} s as they are"
+    )
+    return _with_format_reason(found, why)
 
 
 def _with_threads(plan: Plan, options: Options) -> Plan:

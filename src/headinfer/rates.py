@@ -28,6 +28,7 @@ HIGHER_IS_BETTER = (
     "d2h_bytes_s",
     "near_bytes_s",
     "h2d_beside_bytes_s",
+    "near_packed_bytes_s",
     "host_read_bytes_s",
     "pageable_bytes_s",
 )
@@ -56,6 +57,8 @@ class Rates:
         near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
             CPU, where that is `resident_bytes_s`.
         h2d_beside_bytes_s: host to device while the CPU attends at that rate; None if not measured.
+        near_packed_bytes_s: bytes of packed keys and values attended per second by the CPU, like
+            `near_bytes_s`; None where that was not measured, or the type does not pack.
         near_by_threads: keys and values that the native kernel attends per second while nothing else
             runs, by its threads; empty without the native library.
         host_read_bytes_s: host memory read by all threads.
@@ -80,6 +83,7 @@ class Rates:
     d2h_bytes_s: float | None = None
     near_bytes_s: float | None = None
     h2d_beside_bytes_s: float | None = None
+    near_packed_bytes_s: float | None = None
     host_read_bytes_s: float | None = None
     pin_s_per_gib: float | None = None
     pageable_bytes_s: float = PAGEABLE_BYTES_S
@@ -184,7 +188,8 @@ class Rates:
                 f"  host to device {gb(self.h2d_bytes_s)}, back {gb(self.d2h_bytes_s)}",
                 (
                     f"  the CPU attends offloaded heads at {gb(self.near_bytes_s)} while "
-                    f"{gb(self.shared_h2d_bytes_s)} go to the device"
+                    f"{gb(self.shared_h2d_bytes_s)} go to the device; packed ones at "
+                    f"{gb(self.near_packed_bytes_s)}"
                 ),
                 f"  page-locking {pin}",
             ]

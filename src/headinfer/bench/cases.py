@@ -107,6 +107,7 @@ class Case:
         repeats: how often a prefill, a chunk or a kernel is timed.
         steps: tokens decoded and timed.
         default: part of what `headinfer bench` runs when nothing is named.
+        kv_format: of our contestants whose name says none; None leaves it to the plan.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Case:
     repeats: int = 1
     steps: int = 16
     default: bool = True
+    kv_format: str | None = None
 
     def runs_on(self, devices: Sequence[str]) -> bool:
         return self.device == "any" or self.device in devices
@@ -165,6 +167,7 @@ CASES: dict[str, Case] = {
         replace(
             _8B,
             name="prefill-8b",
+            kv_format="exact",
             mode=Mode.GENERATE,
             contexts=_lengths(32, 64, 128),
             contestants=PREFILLING,
@@ -174,6 +177,7 @@ CASES: dict[str, Case] = {
         replace(
             _8B,
             name="decode-8b",
+            kv_format="exact",
             mode=Mode.DECODE,
             contexts=_lengths(32, 64, 128, 256),
             contestants=EVERYBODY,

@@ -275,7 +275,14 @@ class _Runs:
         if device == "cuda":
             self._cap(case.cap)
         return Ground(
-            self._model, shape, case.dtype, tokens, case.chunk_tokens, cap=case.cap, rates=rates
+            self._model,
+            shape,
+            case.dtype,
+            tokens,
+            case.chunk_tokens,
+            cap=case.cap,
+            extra={} if case.kv_format is None else {"kv_format": case.kv_format},
+            rates=rates,
         )
 
     def _rates(self, device: str, dtype: str) -> Rates | None:

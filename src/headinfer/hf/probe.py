@@ -19,16 +19,20 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from headinfer.attention import native
+from headinfer.attention import native, packed
 from headinfer.attention.api import attend
 from headinfer.attention.merge_ahead import finish_compiling
+from headinfer.attention.packed import PackedRun
 from headinfer.budget import GIB, MIB
+from headinfer.heads.codec import Codec
 from headinfer.hf.attach import attach
 from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.quiet import quiet_transformers
 from headinfer.hf.remembered import known_rates, machine_name, remember
+from headinfer.layout import BLOCK_TOKENS
 from headinfer.rates import BLOCK_ROWS, PAGEABLE_BYTES_S, Rates
 from headinfer.tiers import HostTier
+from headinfer.transfer import InlineEngine
 
 DIMS = (64, 128)
 AGAIN_S = 5.0
@@ -74,7 +78,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
-        near = _near(device, dtype) if gpu else (None, None)
+        near = _near(device, dtype) if gpu else (None, None, None)
         copies = _copies(clock, device) if gpu else (None, None)
         pin = _pinning() if gpu else None
     gc.collect()
@@ -96,6 +100,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         d2h_bytes_s=copies[1],
         near_bytes_s=near[0],
         h2d_beside_bytes_s=near[1],
+        near_packed_bytes_s=near[2],
         near_by_threads=_by_threads(dtype, (512 if gpu else 128) * MIB),
         host_read_bytes_s=_host_read(),
         pin_s_per_gib=pin,
@@ -296,9 +301,10 @@ def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
     return found
 
 
-def _near(device: torch.device, dtype: torch.dtype) -> tuple[float, float | None]:
-    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode, and those
-    of the link; None if too few copies came to an end meanwhile."""
+def _near(device: torch.device, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
+    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode; those of
+    the link, None if too few copies came to an end meanwhile; and what it attends of packed keys and
+    values, None where they do not pack or there is no native library."""
     there = torch.empty(COPIED, dtype=torch.uint8, device=device)
     # Other bytes with every copy, or caches would hold them.
     here = torch.empty(4 * COPIED, dtype=torch.uint8, pin_memory=True, device="cpu").view(4, -1)
@@ -312,12 +318,40 @@ def _near(device: torch.device, dtype: torch.dtype) -> tuple[float, float | None
                 event.record(stream)
 
     nbytes = min(NEAR_BYTES, psutil.virtual_memory().available // 8)
-    found = _token_attention(_Clock(host), host, dtype, nbytes, beside=copy)
+    plain = _token_attention(_Clock(host), host, dtype, nbytes, beside=copy)
     ended = sum(event.query() for event in landed)
     stream.synchronize()
-    if ended < 3:
-        return found, None
-    return found, COPIED * (ended - 1) / landed[0].elapsed_time(landed[ended - 1]) * 1e3
+    link = None
+    if ended >= 3:
+        link = COPIED * (ended - 1) / landed[0].elapsed_time(landed[ended - 1]) * 1e3
+    packed_rate = None
+    if dtype == torch.bfloat16 and native.why_absent() is None:
+        packed_rate = _packed_attention(nbytes, beside=copy)
+        stream.synchronize()
+    return plain, link, packed_rate
+
+
+def _packed_attention(nbytes: int, *, beside: Callable[[], None]) -> float:
+    """Bytes/s of packed keys and values attended by one token like those of `_token_attention`."""
+    dim, heads, host = 128, 4, torch.device("cpu")
+    tier = HostTier()
+    codec = Codec(InlineEngine(), host, lambda: tier)
+    some = 16  # blocks that differ; attending them takes as long wherever they came from
+    values = torch.randn((heads, 1, some * BLOCK_TOKENS, dim), dtype=torch.float32, device="cpu")
+    values = values.to(torch.bfloat16)
+    codec.reserve({dim: heads * some})
+    size = codec.overflow(dim).layout.slot_bytes
+    slots = torch.empty((heads, 1, some, size), dtype=torch.uint8, device="cpu")
+    codec.encode(values, slots)
+    times = max(nbytes // (2 * slots.nbytes), 1)
+    k, v = (PackedRun(slots.repeat(1, 1, times, 1), codec.overflow(dim)) for _ in range(2))
+    q = torch.randn((1, 4 * heads, 1, dim), dtype=torch.float32, device="cpu").to(torch.bfloat16)
+    keys = times * some * BLOCK_TOKENS
+    beside()
+    run = partial(packed.attend, q, k, v, None, None, keys=keys, scale=dim**-0.5)
+    found = 2 * k.slots.nbytes / _Clock(host).seconds(run, times=3)
+    tier.close()
+    return found
 
 
 def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:

@@ -114,6 +114,15 @@ def test_the_link_is_slower_while_the_cpu_reads_the_same_memory():
     assert decode_time(streams, rates, length=131_072).seconds == pytest.approx(16 * GIB / 55e9)
 
 
+@pytest.mark.parametrize("near", [1e9, 10e9, 20e9, 40e9])
+def test_a_slow_cpu_is_never_predicted_to_be_worse_than_none(near):
+    alone = replace(GPU, near_bytes_s=None)
+    beside = replace(GPU, near_bytes_s=near, h2d_beside_bytes_s=40e9)
+    plan = planned(tokens=32_768, resident_heads=0)
+    slow, quick = (decode_time(plan, rates, length=32_768).seconds for rates in (alone, beside))
+    assert quick <= slow
+
+
 def test_short_chunks_wait_for_whoever_enqueues_them():
     """2,048 tokens of which half of the layers stream took 0.11 s at the start of a prompt on an H200, 0.07
     of it arithmetic; 8,192 tokens hide that."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,20 @@ def test_plain_is_kept_where_packed_promises_nothing(why):
         "it would not fit": {"geometry": replace(LLAMA, dtype="float32", itemsize=4)},
     }[why]
     assert planned(how.pop("tokens"), **how).kv_format == "exact"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "low", "high"), [(8192, 16_800, 17_600), (2**18, 48_900, 49_800)]
+)
+def test_more_memory_never_predicts_slower_where_formats_change(tokens, low, high):
+    """Packed with a long chunk may be quicker than everything resident with a short one."""
+    seconds = []
+    for mib in range(low, high, 48):
+        budget = MemoryBudget(mib * 2**20, 1000 * GIB)
+        options = Options(budget=budget, expected_tokens=tokens, rates=MEASURED)
+        plan = make_plan(LLAMA, options, device="cuda")
+        seconds.append(request_s(plan, MEASURED, prompt_tokens=tokens))
+    assert all(later <= before * (1 + 1e-9) for before, later in itertools.pairwise(seconds))
 
 
 def test_packing_is_part_of_a_chunk():

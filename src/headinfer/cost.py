@@ -192,7 +192,7 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
     """The share of offloaded bytes the CPU attends: given, or where both paths take as long.
 
     The CPU's path takes chain + waits + share * bytes / near rate, the link's (1 - share) * bytes / link
-    rate; see `headinfer.balance`.
+    rate; see `headinfer.balance`. None where the link, which the CPU slows down, is quicker alone.
     """
     if not rates.near_bytes_s or not rates.shared_h2d_bytes_s:
         return 0.0
@@ -201,8 +201,10 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
     if not offloaded:
         return 0.0
     by_link, by_cpu = offloaded / rates.shared_h2d_bytes_s, offloaded / _near_rate(plan, rates)
-    chain_s += _near_waits_s(plan)
-    return min(max((by_link - chain_s) / (by_link + by_cpu), 0.0), 1.0)
+    with_cpu = chain_s + _near_waits_s(plan)
+    share = min(max((by_link - with_cpu) / (by_link + by_cpu), 0.0), 1.0)
+    alone = max(chain_s, offloaded / (rates.h2d_bytes_s or rates.shared_h2d_bytes_s))
+    return share if max(with_cpu + share * by_cpu, (1 - share) * by_link) < alone else 0.0
 
 
 def _near_rate(plan: Plan, rates: Rates) -> float:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from headinfer.budget import format_bytes
 from headinfer.chunks import hiding_reason, hiding_tokens, roomy
-from headinfer.cost import ANSWER_TOKENS, offloaded_bytes, request_s
+from headinfer.cost import ANSWER_TOKENS, request_s
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import (
@@ -112,7 +112,7 @@ def _quicker(exact: Plan, packed: Options, device: str) -> Plan:
     if rates is None or rates.near_packed_bytes_s is None or not tokens:
         return exact
     # On a disk beside a GPU packed blocks have run on simulated devices alone.
-    if device == "cpu" or packed.disk is not None or not offloaded_bytes(exact, tokens):
+    if device == "cpu" or packed.disk is not None:
         return exact
     try:
         found = _plan(exact.geometry, packed, device, exact.batch)
@@ -134,6 +134,10 @@ def _with_threads(plan: Plan, options: Options) -> Plan:
     enough = None if rates is None else rates.threads_enough
     attends = plan.device == "cpu" or (plan.offloaded_heads and plan.near_share)
     if rates is None or enough is None or not attends or enough == max(rates.near_by_threads):
+        return plan
+    if packs(
+        plan.geometry, plan.kv_format
+    ):  # unpacking is arithmetic, which more threads do faster
         return plan
     most = max(rates.near_by_threads)
     reason = (

@@ -101,7 +101,9 @@ class Rates:
     @property
     def shared_h2d_bytes_s(self) -> float | None:
         """Host to device while the CPU attends; as on its own where that was not measured."""
-        return self.h2d_beside_bytes_s or self.h2d_bytes_s
+        if self.h2d_beside_bytes_s is None or self.h2d_bytes_s is None:
+            return self.h2d_bytes_s
+        return min(self.h2d_beside_bytes_s, self.h2d_bytes_s)
 
     @property
     def threads_enough(self) -> int | None:

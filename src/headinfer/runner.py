@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from headinfer.attention import native
-from headinfer.attention.merge_ahead import compile_ahead
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.heads import (
     DirectHeads,
@@ -365,7 +364,6 @@ class Runner:
 
     def _new_layer(self, index: int, shape: KVShape, device: torch.device) -> Layer:
         self._prepare_device(device)
-        compile_ahead(device, shape.dtype, shape.value_dim)
         layer = self.layers[index] = self._provision.layer(index, shape, self._links[device])
         self._loop.forget_places()
         self._loop.share_out(layer)

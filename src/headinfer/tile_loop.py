@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from headinfer.attention.api import SHORT_QUERY_TOKENS
+from headinfer.attention.merge_ahead import compile_ahead
 from headinfer.balance import Balance
 from headinfer.heads import OffloadedHeads, Piece, of_group
 from headinfer.layer import Layer, RunnerSettings
@@ -61,6 +63,12 @@ class TileLoop:
         call = _Call(layer, link, length, query, q, out, apart)
         if layer.offloaded:
             self._foresee(call)
+            # A prompt of several chunks.
+            if (
+                rows >= SHORT_QUERY_TOKENS
+                and max((self._settings.expected_tokens or 0) // 2, length) > rows
+            ):
+                compile_ahead(q.device, q.dtype, query.value_dim, sink=query.sink is not None)
         for heads in layer.ranges:
             if not isinstance(heads, OffloadedHeads):
                 for group in call.groups(heads.heads):

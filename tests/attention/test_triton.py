@@ -730,27 +730,31 @@ def test_merges_on_the_gpu_equal_those_in_torch(dtype):
 
 
 @runs
-def test_everything_is_merged_once_to_be_compiled(monkeypatch):
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("held", [2, 3, 4])
+def test_everything_is_merged_once_to_be_compiled(monkeypatch, held, sink):
     """Every number of partials that a prompt of a million tokens leaves, held as they are held there."""
     seen = set()
     fused = merge._merge_fused
 
     def recorded(parts, out, lse, sink):
         kinds = tuple(part.out.dtype for part in parts)
-        seen.add((len(parts) > merge.FEW or kinds, out.dtype, lse is None))
+        seen.add((len(parts) > merge.FEW or kinds, out.dtype, lse is None, sink is None))
         fused(parts, out, lse, sink)
 
     monkeypatch.setattr(merge, "_merge_fused", recorded)
     monkeypatch.setattr(merge, "_fused", lambda *parts, **how: True)
-    merge_everything(torch.device(DEVICE), torch.float16, 64)
+    merge_everything(torch.device(DEVICE), torch.float16, 64, sink=sink)
     compiled_for = set(seen)
     monkeypatch.setattr(
         totals, "attend", lambda q, k, v, **how: part(0, torch.float16, shape=(1, 2, 9, 64))
     )
-    monkeypatch.setattr(totals.Total, "_full", lambda total: len(total._parts) >= merge.FEW)
+    monkeypatch.setattr(totals.Total, "_full", lambda total: len(total._parts) >= held)
     q = torch.zeros(1, 2, 9, 64, dtype=torch.float16, device=DEVICE)
     for count in range(2, 12):
-        total = Total(Query(q, 1.0, Causal(10**6), 64), q, (0, 2), "auto", collect=False)
+        logit = torch.zeros(2, dtype=torch.float16, device=DEVICE) if sink else None
+        query = Query(q, 1.0, Causal(10**6), 64, sink=logit)
+        total = Total(query, q, (0, 2), "auto", collect=False)
         for place in range(count):
             total.add(Piece(9 * place, q, q))
         total.finish(torch.empty(1, 9, 2, 64, dtype=torch.float16, device=DEVICE))

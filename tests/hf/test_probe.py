@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,49 @@ def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
         resident, streamed = probe._chunk_layers(CPU, torch.float32)
     assert 0 < resident < 10
     assert 0 < streamed < 10
+
+
+def test_packed_keys_are_attended_as_plain_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.why_absent() is not None:
+        pytest.skip(str(native.why_absent()))
+    (plain, size), (packed, packed_size) = (
+        probe._one_token(CPU, torch.bfloat16, 2**23),
+        probe._one_packed_token(2**23),
+    )
+    assert plain().out.shape == packed().out.shape == (1, 16, 1, 128)
+    assert 0.7 < packed_size / size < 1
+
+
+def test_what_is_timed_beside_copies_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device made up here, whose copies take 10 ms each."""
+
+    class Event:
+        def __init__(self, **how: Any) -> None:
+            self.at = 0.0
+
+        def record(self, stream: Any) -> None:
+            stream.ends.append(max(time.perf_counter(), *stream.ends, 0.0) + 0.01)
+            self.at = stream.ends[-1]
+
+        def query(self) -> bool:
+            return time.perf_counter() >= self.at
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1e3 * (other.at - self.at)
+
+    class Stream:
+        def __init__(self, device: Any) -> None:
+            self.ends = [0.0]
+
+        def synchronize(self) -> None:
+            time.sleep(max(self.ends[-1] - time.perf_counter(), 0))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(probe, "COPIED", 1000)
+    beside = probe._Beside(CPU, 1000 / 0.01)
+    beside._here = torch.zeros(2, 1000, dtype=torch.uint8)  # nothing is page-locked on a CPU
+    rate, link = beside.rate(lambda: time.sleep(0.1), 10**6)
+    assert 5e6 < rate <= 10.01e6
+    assert link == pytest.approx(1e5, rel=0.3)

@@ -25,11 +25,12 @@ MOST_PARTS = 2 * merge.FEW
 """As many as show every kernel: what comes after is merged like the second four."""
 
 
-def compile_ahead(device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """Outputs [b, h, t, width] of `dtype` will be merged on `device`. Returns at once; the first time for
-    such outputs a thread begins to compile for them, if there is anything to compile."""
+def compile_ahead(device: torch.device, dtype: torch.dtype, width: int, *, sink: bool) -> None:
+    """Outputs [b, h, t, width] of `dtype` will be merged on `device`, with a sink or without. Returns at
+    once; the first time for such outputs a thread begins to compile for them, if there is anything
+    to compile."""
     if device.type == "cuda" and merge.fuses(dtype):
-        _thread(device, dtype, width)
+        _thread(device, dtype, width, sink)
 
 
 def finish_compiling() -> None:
@@ -42,42 +43,54 @@ _threads: list[threading.Thread] = []
 
 
 @cache
-def _thread(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def _thread(device: torch.device, dtype: torch.dtype, width: int, sink: bool) -> None:
     thread = threading.Thread(
-        target=_compile, args=(device, dtype, width), name="headinfer-compile"
+        target=_compile, args=(device, dtype, width, sink), name="headinfer-compile"
     )
     _threads.append(thread)
     thread.start()
 
 
-def _compile(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def _compile(device: torch.device, dtype: torch.dtype, width: int, sink: bool) -> None:
     try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            merge_everything(device, dtype, width)
+        # Of this priority, because streams are few and those that steps are recorded on are of the other.
+        stream = torch.cuda.Stream(device, priority=-1)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            merge_everything(device, dtype, width, sink=sink)
     except Exception as error:  # noqa: BLE001  whoever needs one of them is told
         _log.info("kernels that merge %s were not compiled ahead: %s", dtype, error)
 
 
-def merge_everything(device: torch.device, dtype: torch.dtype, width: int) -> None:
+def merge_everything(
+    device: torch.device, dtype: torch.dtype, width: int, *, sink: bool = False
+) -> None:
     """Partials of a few rows are merged in every way that chunks and tokens are."""
     with torch.inference_mode(False), torch.no_grad():
         out = torch.zeros((1, 1, ROWS, width), dtype=dtype, device=device)
         part = Partial(out, torch.zeros((1, 1, ROWS), dtype=torch.float32, device=device))
         written = torch.empty((1, ROWS, 1, width), dtype=dtype, device=device).transpose(1, 2)
-        for count in range(2, MOST_PARTS + 1):  # in the order in which a prompt gets there
-            merge.write_merged(_held([part] * count), written)
-        total = merge.merge(part, part)  # large ones, two by two
-        merge.merge_into(total, part)
+        logit = torch.zeros(1, dtype=dtype, device=device) if sink else None
+        for count in range(1, MOST_PARTS + 1):  # in the order in which a prompt gets there
+            merge.write_merged(_held([part] * count, merge.FEW), written, sink=logit)
+        for most in range(2, merge.FEW):  # larger ones, of which fewer are held
+            for count in range(most + 1, 3 * most):
+                merge.write_merged(_held([part] * count, most), written, sink=logit)
         many = [part] * (merge.FEW + 1)  # those of a token, all at once
         merge.merge_all(many)
-        merge.write_merged(many, written)
+        merge.write_merged(many, written, sink=logit)
 
 
-def _held(parts: Sequence[Partial]) -> list[Partial]:
-    """What is left to be merged in the end, as `headinfer.totals` holds them."""
+def _held(parts: Sequence[Partial], most: int) -> list[Partial]:
+    """What is left to be merged in the end where at most `most` are held, as in `headinfer.totals`."""
     found: list[Partial] = []
+    owned = False
     for part in parts:
-        if len(found) == merge.FEW:
-            found = [merge.merge_all(found)]
+        if len(found) == most:
+            if most == 2 and owned:
+                merge.merge_into(found[0], found[1])
+                found = found[:1]
+            else:
+                found = [merge.merge_all(found)]
+            owned = True
         found.append(part)
     return found

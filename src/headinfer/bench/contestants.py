@@ -24,6 +24,7 @@ from headinfer.bench import baseline
 from headinfer.bench.cases import PACKING
 from headinfer.bench.grid import GRID, options_of
 from headinfer.bench.shapes import Shape
+from headinfer.hf.probe import empty_host_cache
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
 from headinfer.plan import Plan
 from headinfer.rates import Rates
@@ -258,16 +259,7 @@ def clean(device: torch.device) -> None:
     if device.type != "cuda":
         return
     torch.cuda.empty_cache()
-    # Page-locked blocks stay with torch otherwise, out of reach for whoever comes next. The call
-    # has changed its name between versions, and the oldest supported one may lack it.
-    for owner, name in (
-        (torch.accelerator, "empty_host_cache"),
-        (torch._C, "_accelerator_emptyHostCache"),
-        (torch._C, "_host_emptyCache"),
-    ):
-        if hasattr(owner, name):
-            getattr(owner, name)()
-            break
+    empty_host_cache()
     torch.cuda.reset_peak_memory_stats(device)
 
 

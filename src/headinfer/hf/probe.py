@@ -42,8 +42,7 @@ CHUNK_HEADS, CHUNKS = 8, 8
 NEAR_BYTES = 2 * GIB
 """Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
 are hundreds of MiB."""
-NEAR_COPIES = 48
-"""Copies of 256 MiB: a fifth of a second, longer than attention beside them is timed."""
+NEAR_TIMES = 3
 COPIED = 256 * MIB
 
 
@@ -72,18 +71,23 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     clock = _Clock(device)
     gpu = device.type == "cuda"
     with torch.no_grad(), quiet_transformers():
+        if gpu:  # what these compile is not part of what they take
+            _decode_s(device, dtype, 2)
+            _chunk_s(device, dtype, 2, 0)
+            finish_compiling()
         layer_s, token_s = _per_layer(device, dtype)
         chunk_layers = _chunk_layers(device, dtype) if gpu else (None, None)
         block_flops = _block_flops(clock, device, dtype)
         weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
-        near = _near(device, dtype) if gpu else (None, None, None)
         copies = _copies(clock, device) if gpu else (None, None)
+        near = (None, None, None) if copies[0] is None else _near(device, dtype, copies[0])
         pin = _pinning() if gpu else None
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
+        empty_host_cache()
     return Rates(
         machine=machine_name(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -156,7 +160,6 @@ def _chunk_layers(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
     for resident in (CHUNK_HEADS, 0):
         seconds = [_chunk_s(device, dtype, depth, resident) for depth in (2, 10)]
         found.append(max((seconds[1] - seconds[0]) / 8, 1e-6))
-    finish_compiling()
     return found[0], found[1]
 
 
@@ -265,24 +268,22 @@ def _prompt_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, d
     return flops / seconds
 
 
-def _token_attention(
-    clock: _Clock,
-    device: torch.device,
-    dtype: torch.dtype,
-    nbytes: int,
-    *,
-    beside: Callable[[], None] | None = None,
-) -> float:
-    """Bytes/s of keys and values attended by one token, 4 query heads each, more than caches hold;
-    `beside` starts what goes on meanwhile."""
+def _token_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, nbytes: int) -> float:
+    """Bytes/s of keys and values attended by one token, more than caches hold."""
+    run, size = _one_token(device, dtype, nbytes)
+    return size / clock.seconds(run, times=3)
+
+
+def _one_token(
+    device: torch.device, dtype: torch.dtype, nbytes: int
+) -> tuple[Callable[[], Any], int]:
+    """Attention of one token, 4 query heads for each of 4 KV heads, over about `nbytes` of keys and
+    values, and how many those are."""
     dim, heads = 128, 4
     keys = nbytes // (2 * heads * dim * dtype.itemsize)
     q = torch.randn((1, 4 * heads, 1, dim), device=device, dtype=dtype)
     k, v = (torch.zeros((1, heads, keys, dim), device=device, dtype=dtype) for _ in range(2))
-    if beside is not None:
-        beside()
-    seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5), times=3)
-    return (k.nbytes + v.nbytes) / seconds
+    return partial(attend, q, k, v, scale=dim**-0.5), k.nbytes + v.nbytes
 
 
 def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
@@ -301,38 +302,68 @@ def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
     return found
 
 
-def _near(device: torch.device, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
-    """Bytes/s that the CPU attends while the link reads the same memory, as it does in decode; those of
-    the link, None if too few copies came to an end meanwhile; and what it attends of packed keys and
-    values, None where they do not pack or there is no native library."""
-    there = torch.empty(COPIED, dtype=torch.uint8, device=device)
-    # Other bytes with every copy, or caches would hold them.
-    here = torch.empty(4 * COPIED, dtype=torch.uint8, pin_memory=True, device="cpu").view(4, -1)
-    stream, host = torch.cuda.Stream(device), torch.device("cpu")
-    landed = [torch.cuda.Event(enable_timing=True) for _ in range(NEAR_COPIES)]
-
-    def copy() -> None:
-        with torch.cuda.stream(stream):
-            for place, event in enumerate(landed):
-                there.copy_(here[place % 4], non_blocking=True)
-                event.record(stream)
-
+def _near(
+    device: torch.device, dtype: torch.dtype, link: float
+) -> tuple[float, float | None, float | None]:
+    """Bytes/s that the CPU attends while the link, of `link` bytes/s alone, reads the same memory, as it
+    does in decode; those of the link; and what the CPU attends of packed keys and values. None where
+    memory cannot be page-locked, keys and values do not pack, or there is no native library."""
     nbytes = min(NEAR_BYTES, psutil.virtual_memory().available // 8)
-    plain = _token_attention(_Clock(host), host, dtype, nbytes, beside=copy)
-    ended = sum(event.query() for event in landed)
-    stream.synchronize()
-    link = None
-    if ended >= 3:
-        link = COPIED * (ended - 1) / landed[0].elapsed_time(landed[ended - 1]) * 1e3
+    beside = _Beside(device, link)
+    plain = beside.rate(*_one_token(torch.device("cpu"), dtype, nbytes))
     packed_rate = None
     if dtype == torch.bfloat16 and native.why_absent() is None:
-        packed_rate = _packed_attention(nbytes, beside=copy)
-        stream.synchronize()
-    return plain, link, packed_rate
+        packed_rate = beside.rate(*_one_packed_token(nbytes))[0]
+    return plain[0], plain[1], packed_rate
 
 
-def _packed_attention(nbytes: int, *, beside: Callable[[], None]) -> float:
-    """Bytes/s of packed keys and values attended by one token like those of `_token_attention`."""
+class _Beside:
+    """Copies to the device that go on while something else is timed."""
+
+    def __init__(self, device: torch.device, link: float) -> None:
+        self._link, self._stream = link, torch.cuda.Stream(device)
+        self._there = torch.empty(COPIED, dtype=torch.uint8, device=device)
+        # Other bytes with every copy, or caches would hold them.
+        count = min(max(psutil.virtual_memory().available // 8 // COPIED, 1), 4)
+        try:
+            here = torch.empty(count * COPIED, dtype=torch.uint8, pin_memory=True, device="cpu")
+        except RuntimeError:  # as much cannot be page-locked here
+            here = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._here = here.view(-1, COPIED)
+
+    def rate(self, run: Callable[[], Any], nbytes: int) -> tuple[float, float | None]:
+        """Bytes/s of `run`, which reads `nbytes`, and of the copies that came to an end meanwhile."""
+        started = time.perf_counter()
+        run()
+        alone = time.perf_counter() - started
+        if not len(self._here):
+            return nbytes / alone, None
+        # Half as long again as it took alone: it is slowed down.
+        copies = int(1.5 * alone * self._link / COPIED) + 3
+        seconds, links = [], []
+        for _ in range(NEAR_TIMES):
+            landed = self._copy(copies)
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+            ended = sum(event.query() for event in landed)
+            self._stream.synchronize()
+            if ended >= 3:
+                milliseconds = landed[0].elapsed_time(landed[ended - 1])
+                links.append(COPIED * (ended - 1) / milliseconds * 1e3)
+        return nbytes / min(seconds), max(links, default=None)
+
+    def _copy(self, count: int) -> list[torch.cuda.Event]:
+        landed = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+        with torch.cuda.stream(self._stream):
+            for place, event in enumerate(landed):
+                self._there.copy_(self._here[place % len(self._here)], non_blocking=True)
+                event.record(self._stream)
+        return landed
+
+
+def _one_packed_token(nbytes: int) -> tuple[Callable[[], Any], int]:
+    """The same over packed ones."""
     dim, heads, host = 128, 4, torch.device("cpu")
     tier = HostTier()
     codec = Codec(InlineEngine(), host, lambda: tier)
@@ -347,11 +378,21 @@ def _packed_attention(nbytes: int, *, beside: Callable[[], None]) -> float:
     k, v = (PackedRun(slots.repeat(1, 1, times, 1), codec.overflow(dim)) for _ in range(2))
     q = torch.randn((1, 4 * heads, 1, dim), dtype=torch.float32, device="cpu").to(torch.bfloat16)
     keys = times * some * BLOCK_TOKENS
-    beside()
     run = partial(packed.attend, q, k, v, None, None, keys=keys, scale=dim**-0.5)
-    found = 2 * k.slots.nbytes / _Clock(host).seconds(run, times=3)
-    tier.close()
-    return found
+    return run, 2 * k.slots.nbytes
+
+
+def empty_host_cache() -> None:
+    """Page-locked memory that torch keeps for later goes back to the system: it is out of reach for
+    everybody else. The call has changed its name between versions, and the oldest supported one may lack it."""
+    for owner, name in (
+        (torch.accelerator, "empty_host_cache"),
+        (torch._C, "_accelerator_emptyHostCache"),
+        (torch._C, "_host_emptyCache"),
+    ):
+        if hasattr(owner, name):
+            getattr(owner, name)()
+            break
 
 
 def _copies(clock: _Clock, device: torch.device) -> tuple[float, float]:

@@ -129,7 +129,6 @@ def test_packed_is_taken_where_it_is_predicted_to_be_quicker():
         "the CPU was not timed over packed keys",
         "nothing is known of the machine",
         "everything stays on the GPU",
-        "some of it goes to a disk",
         "it was not asked for",
         "the length is not known",
         "it would not fit",
@@ -144,9 +143,6 @@ def test_plain_is_kept_where_packed_promises_nothing(why):
         },
         "nothing is known of the machine": {"rates": None},
         "everything stays on the GPU": {"gpu": "80"},
-        "some of it goes to a disk": {
-            "disk": "/somewhere",
-        },
         "it was not asked for": {"kv_format": "exact"},
         "the length is not known": {"tokens": None},
         "it would not fit": {"geometry": replace(LLAMA, dtype="float32", itemsize=4)},

@@ -224,17 +224,19 @@ def test_beside_a_gpu_packed_blocks_fill_host_memory_first_and_say_what_is_kept(
     make_plan(geometry, replace(options, budget=enough), device="cuda")
 
 
-def test_a_disk_too_small_for_plain_bytes_offers_packed_ones_or_takes_them():
+@pytest.mark.parametrize(
+    ("device", "gpu", "host"), [("cuda", 20 * GIB, 13 * GIB), ("cpu", None, 12 * GIB)]
+)
+def test_a_disk_too_small_for_plain_bytes_takes_packed_ones(device, gpu, host):
     geometry = replace(llama3_8b(), dtype="bfloat16")
-    options = asked(2 * GIB, 13 * GIB, gpu=20 * GIB, expected_tokens=2**17, resident_heads=0)
-    with pytest.raises(BudgetTooSmall, match=r"in .* with kv_format='lossless'") as caught:
-        make_plan(geometry, options, device="cuda")
-    assert caught.value.tier == "disk"
-    make_plan(geometry, replace(options, kv_format="lossless"), device="cuda")
-    options = asked(2 * GIB, 12 * GIB, expected_tokens=2**17)
-    plan = make_plan(geometry, options, device="cpu")
+    more = {} if gpu is None else {"gpu": gpu, "resident_heads": 0}
+    options = asked(2 * GIB, host, expected_tokens=2**17, **more)
+    plan = make_plan(geometry, options, device=device)
     assert plan.kv_format == "lossless"
     assert "which the disk budget does not allow" in str(plan)
+    with pytest.raises(BudgetTooSmall) as caught:
+        make_plan(geometry, replace(options, kv_format="exact"), device=device)
+    assert caught.value.tier == "disk"
 
 
 def bf16(heads=4, dim=64, layers=3):

@@ -85,34 +85,17 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
             raise
         needed, where = format_bytes(too_small.needed_bytes), too_small.tier
         why = f"as they are they would need {needed}, which the {where} budget does not allow"
-        if device == "cpu" or options.disk is None:
-            try:
-                return _with_format_reason(_plan(geometry, packed, device, batch), why)
-            except BudgetTooSmall as packed_too:
-                raise (packed_too if packed_too.tier == where == "host" else too_small) from None
-        # Packed blocks on a disk beside a GPU have run on simulated devices alone: they are offered.
         try:
-            found = _plan(geometry, packed, device, batch)
-        except BudgetTooSmall:
-            raise too_small from None
-        size = found.host_bytes if where == "host" else found.disk_bytes
-        raise BudgetTooSmall(
-            f"{too_small}, or store them without loss in {format_bytes(size)} with "
-            "kv_format='lossless'",
-            tier=too_small.tier,
-            budget_bytes=too_small.budget_bytes,
-            needed_bytes=too_small.needed_bytes,
-        ) from too_small
+            return _with_format_reason(_plan(geometry, packed, device, batch), why)
+        except BudgetTooSmall as packed_too:
+            raise (packed_too if packed_too.tier == where == "host" else too_small) from None
 
 
 def _quicker(exact: Plan, packed: Options, device: str) -> Plan:
     """`exact`, or the plan in the lossless format where that was measured to be attended by the CPU, and
     the request is predicted to end sooner. Both have the same bits."""
     rates, tokens = packed.rates, packed.expected_tokens
-    if rates is None or rates.near_packed_bytes_s is None or not tokens:
-        return exact
-    # On a disk beside a GPU packed blocks have run on simulated devices alone.
-    if device == "cpu" or packed.disk is not None:
+    if device == "cpu" or rates is None or rates.near_packed_bytes_s is None or not tokens:
         return exact
     try:
         found = _plan(exact.geometry, packed, device, exact.batch)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -29,8 +30,18 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, width: int, *, sink:
     """Outputs [b, h, t, width] of `dtype` will be merged on `device`, with a sink or without. Returns at
     once; the first time for such outputs a thread begins to compile for them, if there is anything
     to compile."""
-    if device.type == "cuda" and merge.fuses(dtype):
+    if device.type == "cuda" and merge.fuses(dtype) and not _paused:
         _thread(device, dtype, width, sink)
+
+
+@contextmanager
+def nothing_ahead() -> Iterator[None]:
+    """Meanwhile no thread begins to compile: what is timed is short, and has the processor for itself."""
+    _paused.append(True)
+    try:
+        yield
+    finally:
+        _paused.pop()
 
 
 def finish_compiling() -> None:
@@ -40,6 +51,7 @@ def finish_compiling() -> None:
 
 
 _threads: list[threading.Thread] = []
+_paused: list[bool] = []
 
 
 @cache

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Llam
 
 from headinfer.attention import native, packed
 from headinfer.attention.api import attend
-from headinfer.attention.merge_ahead import finish_compiling
+from headinfer.attention.merge_ahead import nothing_ahead
 from headinfer.attention.packed import PackedRun
 from headinfer.budget import GIB, MIB
 from headinfer.heads.codec import Codec
@@ -71,10 +71,6 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     clock = _Clock(device)
     gpu = device.type == "cuda"
     with torch.no_grad(), quiet_transformers():
-        if gpu:  # what these compile is not part of what they take
-            _decode_s(device, dtype, 2)
-            _chunk_s(device, dtype, 2, 0)
-            finish_compiling()
         layer_s, token_s = _per_layer(device, dtype)
         chunk_layers = _chunk_layers(device, dtype) if gpu else (None, None)
         block_flops = _block_flops(clock, device, dtype)
@@ -181,7 +177,7 @@ def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int
         "staging": True,
         "kv_format": "exact",
     }
-    with attach(model, expected_tokens=CHUNKS * 256 + 1, **how) as run:
+    with nothing_ahead(), attach(model, expected_tokens=CHUNKS * 256 + 1, **how) as run:
         cache = run.new_cache()
         for _ in range(CHUNKS):
             started = time.perf_counter()

@@ -98,7 +98,8 @@ def test_decode_shared_with_the_cpu_ends_on_both_sides_together():
 
 
 def test_the_link_is_slower_while_the_cpu_reads_the_same_memory():
-    """Rates and tokens of one H200: each path alone would have promised 118 ms."""
+    """What link and CPU did in decode steps of one H200, and tokens of another: each path alone would have
+    promised 118 ms."""
     rates = replace(
         GPU, layer_s=0.2e-3, h2d_bytes_s=55e9, near_bytes_s=73e9, h2d_beside_bytes_s=49e9
     )
@@ -125,7 +126,7 @@ def test_a_slow_cpu_is_never_predicted_to_be_worse_than_none(near):
 
 def test_short_chunks_wait_for_whoever_enqueues_them():
     """2,048 tokens of which half of the layers stream took 0.11 s at the start of a prompt on an H200, 0.07
-    of it arithmetic; 8,192 tokens hide that."""
+    of it arithmetic, so about this much a layer; 8,192 tokens hide that."""
     rates = replace(GPU, chunk_layer_s=2.2e-3, streamed_layer_s=4.5e-3)
     short, long = (planned(gpu=20 * GIB, tokens=65_536, chunk_tokens=n) for n in (2048, 8192))
     streamed = sum(heads < 8 for heads in short.resident_heads)

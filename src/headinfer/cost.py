@@ -26,7 +26,7 @@ NOT_HIDDEN = 0.1
 memory's bandwidth, and neither starts or ends with the other. An assumption."""
 NEAR_WAIT_S = 0.4e-3
 """What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
-come up. What H200s took; an assumption elsewhere."""
+come up. Fitted to tokens of an H200; an assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
 reads the same memory: as H200s' hosts did. Where it was not measured."""

@@ -207,6 +207,30 @@ def _log_sum(a, b):
     return tl.where(whole == 0.0, larger, finite + tl.log(tl.where(whole == 0.0, 1.0, whole)))
 
 
+@triton.jit
+def _rows_of(heads, rows, count, STEP: tl.constexpr):
+    """Batch row, head and query token of this program's rows, and which of them there are."""
+    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    t, bh = row % rows, row // rows
+    return bh // heads, bh % heads, t, row < count
+
+
+@triton.jit
+def _place(b, h, t, b_step, h_step, t_step, d, ALIGN: tl.constexpr):
+    return (b * b_step + h * h_step + t * t_step)[:, None] * ALIGN + d[None, :]
+
+
+@triton.jit
+def _without_sink(x, x_lse, sink, h, real):
+    logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)
+    return x * _share(x_lse, logit)[:, None]
+
+
+@triton.jit
+def _part(x, place, inside):
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
 _PLACES = [
     f"{name}_{axis}" for name in ("a", "c", "o", "al", "cl", "ol") for axis in "bht"
 ]  # fmt: skip
@@ -225,22 +249,13 @@ def _merge_two(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
     TWO: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
-    real = row < count
-    t, bh = row % rows, row // rows
-    h, b = bh % heads, bh // heads
+    b, h, t, real = _rows_of(heads, rows, count, STEP)
     d = tl.arange(0, BLOCK)
     inside = real[:, None] & (d < WIDTH)[None, :]
-    x = tl.load(
-        a + (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
-    )
-    x = x.to(tl.float32)
+    x = _part(a, _place(b, h, t, a_b, a_h, a_t, d, ALIGN), inside)
     x_lse = tl.load(a_lse + b * al_b + h * al_h + t * al_t, mask=real, other=0.0)
     if TWO:
-        y = tl.load(
-            c + (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :], mask=inside, other=0.0
-        )
-        y = y.to(tl.float32)
+        y = _part(c, _place(b, h, t, c_b, c_h, c_t, d, ALIGN), inside)
         y_lse = tl.load(c_lse + b * cl_b + h * cl_h + t * cl_t, mask=real, other=0.0)
         share, rest = _share(y_lse, x_lse)[:, None], _share(x_lse, y_lse)[:, None]
         # From the nearer end, so that a share of 0 or 1 leaves that output's bits alone.
@@ -251,15 +266,9 @@ def _merge_two(
         tl.debug_barrier()
         tl.store(lse + b * ol_b + h * ol_h + t * ol_t, x_lse, mask=real)
     if SINK:
-        logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)
-        x *= _share(x_lse, logit)[:, None]
-    place = out + (b * o_b + h * o_h + t * o_t)[:, None] * ALIGN + d[None, :]
+        x = _without_sink(x, x_lse, sink, h, real)
+    place = out + _place(b, h, t, o_b, o_h, o_t, d, ALIGN)
     tl.store(place, x.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _part(x, place, inside):
-    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads", "rows", "count", *_PLACES])
@@ -275,14 +284,11 @@ def _merge_few(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, ALIGN: tl.constexpr,
     FOUR: tl.constexpr, WRITE_LSE: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
-    real = row < count
-    t, bh = row % rows, row // rows
-    h, b = bh % heads, bh // heads
+    b, h, t, real = _rows_of(heads, rows, count, STEP)
     d = tl.arange(0, BLOCK)
     inside = real[:, None] & (d < WIDTH)[None, :]
-    place = (b * a_b + h * a_h + t * a_t)[:, None] * ALIGN + d[None, :]
-    others = (b * c_b + h * c_h + t * c_t)[:, None] * ALIGN + d[None, :]
+    place = _place(b, h, t, a_b, a_h, a_t, d, ALIGN)
+    others = _place(b, h, t, c_b, c_h, c_t, d, ALIGN)
     at = b * cl_b + h * cl_h + t * cl_t
     l0 = tl.load(a_lse + b * al_b + h * al_h + t * al_t, mask=real, other=0.0)
     l1 = tl.load(c_lse + at, mask=real, other=0.0)
@@ -306,9 +312,8 @@ def _merge_few(
     if WRITE_LSE:
         tl.store(lse + b * ol_b + h * ol_h + t * ol_t, found, mask=real)
     if SINK:
-        logit = tl.load(sink + h, mask=real, other=0.0).to(tl.float32)
-        x *= _share(found, logit)[:, None]
-    to = out + (b * o_b + h * o_h + t * o_t)[:, None] * ALIGN + d[None, :]
+        x = _without_sink(x, found, sink, h, real)
+    to = out + _place(b, h, t, o_b, o_h, o_t, d, ALIGN)
     tl.store(to, x.to(out.dtype.element_ty), mask=inside)
 
 

@@ -4,9 +4,6 @@ process of its own, because the interpreter has to be asked for before triton is
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -20,9 +17,8 @@ from headinfer.formats import lossless
 from headinfer.formats.lossless import BlockLayout
 from headinfer.formats.overflow import Overflow
 from headinfer.testing.blocks import KINDS, bits_of
-from headinfer.testing.interpreter import interpreter
+from headinfer.testing.interpreter import INTERPRETED, interpreter, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 EXAMPLES = 25 if INTERPRETED else 200
@@ -45,15 +41,7 @@ def in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_through_the_interpreter():
     """Everything below, on the CPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-p", "no:cacheprovider"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    run_interpreted(__file__)
 
 
 def overflow_of(dim, blocks):

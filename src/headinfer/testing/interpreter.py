@@ -7,9 +7,27 @@ kernel of the process.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this is such a process."""
+
+
+def run_interpreted(file: str, *, timeout_s: float = 550) -> None:
+    """The tests of `file` once more, in such a process; fails as they do."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", file, "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @contextmanager

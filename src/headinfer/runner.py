@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headinfer.attention import native
+from headinfer.attention.placed import Place
 from headinfer.errors import CacheStateError, TierFull
 from headinfer.heads import (
     DirectHeads,
@@ -194,6 +195,21 @@ class Runner:
         """
         layer = self._layer_holding(index, length)
         return self._loop.attend(layer, self._links[layer.device], length, query)
+
+    def places(self, tokens: int) -> dict[int, Place]:
+        """By layer, where the keys and values lie of those that `tokens` new tokens can attend by their
+        place, with room for these."""
+        return self._loop.resident.places(tokens)
+
+    def extend(self, index: int, tokens: int) -> int:
+        """Layer `index` holds `tokens` more, which somebody has put, or will, where `places` said;
+        returns its new length."""
+        layer = self.layers[index]
+        for heads in layer.ranges:
+            if not isinstance(heads, DirectHeads):
+                raise CacheStateError(f"layer {index} has heads that have no place on the device")
+            heads.extend(tokens)
+        return layer.length
 
     def gather(self, index: int, length: int, *, values: bool) -> Tensor:
         """Keys or values [b, h, t, d] of the first `length` tokens, copied to the device."""

@@ -178,6 +178,22 @@ class SpanStore:
         # Stored tokens never change in place, so tiles staged before stay good: no new epoch.
         self.stored = self.length - append.tail_after
 
+    def has_room(self, tokens: int, *, batch: int) -> bool:
+        """Whether `extend` takes as many, and all tokens then lie in a row from the first place of one
+        memory on."""
+        if len(self.segments) != 1 or self.tail:
+            return False
+        only = self.segments[0]
+        fits = only.filled + tokens <= only.capacity and self._open(only, batch)
+        return fits and not only.offset
+
+    def extend(self, tokens: int) -> None:
+        """Append `tokens` tokens there is room for, which somebody else has written or will."""
+        last = self.segments[-1]
+        self.segments[-1] = replace(last, filled=last.filled + tokens)
+        self.length += tokens
+        self.stored = self.length
+
     def restore(
         self, tokens: int, *, batch: int, cuts: Sequence[int] = (0,), room: int = 0
     ) -> Segment:

@@ -19,6 +19,7 @@ from headinfer.layer import Layer, RunnerSettings
 from headinfer.layout import HeadGroup, Tile, tiles
 from headinfer.link import Link
 from headinfer.near import host_query
+from headinfer.resident_decode import ResidentDecode
 from headinfer.totals import Query, Total, heads_apart
 from headinfer.transfer import Copy, Ticket
 
@@ -36,6 +37,9 @@ class TileLoop:
     Args:
         settings: as decided.
         layers: the runner's, by index; later ones are seen.
+
+    Attributes:
+        resident: of these, what layers with nothing to stream are in decode.
     """
 
     def __init__(self, settings: RunnerSettings, layers: Mapping[int, Layer]) -> None:
@@ -44,6 +48,7 @@ class TileLoop:
         self._balance = Balance(settings.near_share, settings.near_adapts)
         self._shares = settings.staging and bool(settings.near_share or settings.near_adapts)
         self._near_now = False
+        self.resident = ResidentDecode(settings, layers)
         self._before: dict[int, int] = {}  # per layer, offloaded heads of the layers below it
 
     def attend(self, layer: Layer, link: Link, length: int, query: Query) -> Tensor:
@@ -53,6 +58,13 @@ class TileLoop:
         Raises:
             UnsupportedAttention: no implementation runs the call.
         """
+        if not layer.offloaded:
+            if query.q.shape[2] >= SHORT_QUERY_TOKENS:
+                self.resident.expect(layer, query)
+            else:
+                found = self.resident.attend(layer, length, query)
+                if found is not None:
+                    return found
         q = query.q.contiguous()
         batch, num_heads, rows, _ = q.shape
         out = q.new_empty(batch, rows, num_heads, query.value_dim)

@@ -367,6 +367,7 @@ def compiled(kernel, pointers, constants, tiles, tmp_path, arch=90):
     if tool is None:
         pytest.skip("no cuobjdump to read the machine code with")
     done = subprocess.run([tool, "-sass", binary], capture_output=True, text=True, timeout=60)
+    (tmp_path / "kernel.sass").write_text(done.stdout)
     return found.metadata.shared, spilled(done.stdout)
 
 
@@ -579,3 +580,27 @@ def test_lengths_do_not_compile_anew():
             for rows in (129, 200, 257):
                 triton_attention(q[:, :, :rows], k, v, scale=0.1, softcap=7.0)
         assert count() == before
+
+
+@needs_triton
+@compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_keys_found_by_a_table_are_read_as_widely_and_without_spilling(tmp_path, dtype, rows):
+    """The compiler knows an argument to be aligned, and has to be told of a number from memory."""
+    from headinfer.attention.triton_kernels import attend_placed_kernel
+
+    tiles = tiles_for(dtype, 128, 4 * rows, HOPPER_SHARED_BYTES)
+    pointers = {"q": POINTERS[dtype], "place": "*i64", "length": "*i64"}
+    pointers |= dict.fromkeys(("out", "lse"), "*fp32")
+    constants = {
+        "D": 128, "E": 128, "BLOCK_D": 128, "BLOCK_E": 128, "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.keys, "SEVERAL": rows > 1, "SOFTCAP": False,
+        "PRECISE": dtype == torch.float32, "ALIGN": 16 // dtype.itemsize, "LEAST": 256, "q_d": 1,
+    }  # fmt: skip
+    shared, moved = compiled(attend_placed_kernel, pointers, constants, tiles, tmp_path)
+    assert shared <= HOPPER_SHARED_BYTES
+    assert moved <= SPILLED
+    loads = re.findall(r"(LDGSTS|LDG)\.E\S*", (tmp_path / "kernel.sass").read_text())
+    wide = re.findall(r"LDGSTS\.E\S*\.128", (tmp_path / "kernel.sass").read_text())
+    assert len(wide) >= len([one for one in loads if one == "LDGSTS"]) > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what a prompt is merged by before it is needed, on a thread of its own.
+"""Compiles what a prompt is merged by before it is needed.
 
 How many partials a chunk leaves depends on how far the prompt has come, so a kernel for one more of
 them would be compiled in the middle of it: on an H200 chunks at 28K, 60K and 124K tokens took 0.3
@@ -8,18 +8,14 @@ to 0.6 s longer on a machine whose triton cache was empty. Later processes find 
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from headinfer.attention import merge
+from headinfer.attention.compiling import compiled
 from headinfer.attention.types import Partial
-
-_log = logging.getLogger(__name__)
 
 ROWS = 16
 MOST_PARTS = 2 * merge.FEW
@@ -30,47 +26,9 @@ def compile_ahead(device: torch.device, dtype: torch.dtype, width: int, *, sink:
     """Outputs [b, h, t, width] of `dtype` will be merged on `device`, with a sink or without. Returns at
     once; the first time for such outputs a thread begins to compile for them, if there is anything
     to compile."""
-    if device.type == "cuda" and merge.fuses(dtype) and not _paused:
-        _thread(device, dtype, width, sink)
-
-
-@contextmanager
-def nothing_ahead() -> Iterator[None]:
-    """Meanwhile no thread begins to compile: what is timed is short, and has the processor for itself."""
-    _paused.append(True)
-    try:
-        yield
-    finally:
-        _paused.pop()
-
-
-def finish_compiling() -> None:
-    """Return when nothing is compiled ahead any more: before something is timed."""
-    for thread in list(_threads):
-        thread.join()
-
-
-_threads: list[threading.Thread] = []
-_paused: list[bool] = []
-
-
-@cache
-def _thread(device: torch.device, dtype: torch.dtype, width: int, sink: bool) -> None:
-    thread = threading.Thread(
-        target=_compile, args=(device, dtype, width, sink), name="headinfer-compile"
-    )
-    _threads.append(thread)
-    thread.start()
-
-
-def _compile(device: torch.device, dtype: torch.dtype, width: int, sink: bool) -> None:
-    try:
-        # Of this priority, because streams are few and those that steps are recorded on are of the other.
-        stream = torch.cuda.Stream(device, priority=-1)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            merge_everything(device, dtype, width, sink=sink)
-    except Exception as error:  # noqa: BLE001  whoever needs one of them is told
-        _log.info("kernels that merge %s were not compiled ahead: %s", dtype, error)
+    if device.type == "cuda" and merge.fuses(dtype):
+        work = partial(merge_everything, device, dtype, width, sink=sink)
+        compiled(("merge", device, dtype, width, sink), device, work)
 
 
 def merge_everything(

@@ -126,11 +126,11 @@ def tiles_for(
     Chosen from what the compiler reports for sm_90 (registers spilled, shared memory); see
     docs/attention.md. `bias_bytes`: size of a bias element, 0 without one.
     """
-    width = max(16, _power_of_two(dim))
+    width = max(16, power_of_two(dim))
     size = 4 if dtype == torch.float32 else 2
     tiles = (_FLOAT32 if size == 4 else _HALF)[width]
     least = tiles.few if packed <= 32 else tiles.some if packed <= 64 else tiles.many
-    found = least._replace(rows=min(least.rows, max(16, _power_of_two(packed))))
+    found = least._replace(rows=min(least.rows, max(16, power_of_two(packed))))
     if bias_bytes:  # its addresses take the registers of the scores twice over
         warps = 8 if found.rows > 32 or (size == 4 and found.rows > 16) else 4
         found = Tiles(min(found.rows, 64), min(found.keys, 32), warps, 2)
@@ -229,9 +229,9 @@ def _launch(
             lse,
             float(scale),
             0.0 if softcap is None else float(softcap),
-            *_strides(q, align),
-            *_strides(k, align),
-            *_strides(v, align),
+            *strides_in(q, align),
+            *strides_in(k, align),
+            *strides_in(v, align),
             *bias_strides,
             kv_heads,
             heads // kv_heads,
@@ -242,8 +242,8 @@ def _launch(
             0 if window is None else min(window.size, keys + rows + abs(window.offset)),
             D=dim,
             E=width,
-            BLOCK_D=max(16, _power_of_two(dim)),
-            BLOCK_E=max(16, _power_of_two(width)),
+            BLOCK_D=max(16, power_of_two(dim)),
+            BLOCK_E=max(16, power_of_two(width)),
             BLOCK_M=tiles.rows,
             BLOCK_N=tiles.keys,
             WINDOWED=window is not None,
@@ -284,10 +284,10 @@ def _near(x: Tensor) -> Tensor:
     return x if x.stride(2) < 2**23 else x.contiguous()
 
 
-def _strides(x: Tensor, align: int) -> tuple[int, ...]:
+def strides_in(x: Tensor, align: int) -> tuple[int, ...]:
     """In units of `align` elements but for the last axis."""
     return (*(step // align for step in x.stride()[:-1]), x.stride(-1))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()

@@ -2,8 +2,8 @@
 """The attention kernel in Triton's language: softmax(q k^T) v in one pass over the keys, with the
 log-sum-exp of every row (FlashAttention-2, arXiv 2307.08691).
 
-Only `attention/triton.py` imports this file, and only when a call needs it: importing it imports
-triton. Tile sizes, splits and the choice of variants are made there.
+Only `attention/triton.py` and `attention/placed.py` import this file, and only when a call needs
+it: importing it imports triton. Tile sizes, splits and the choice of variants are made there.
 """
 
 import triton
@@ -132,29 +132,16 @@ def _span(
     return acc, acc_lost, top, total, lost
 
 
-@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES])
-def attend_kernel(
+@triton.jit
+def _tile(
     q, k, v, bias, out, lse, scale, softcap,
-    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, q_d,
-    k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, k_d,
-    v_b: tl.int64, v_h: tl.int64, v_s: tl.int64, v_d,
-    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, bias_b, bias_h, bias_t, bias_s,
     kv_heads, q_per_kv, rows, keys, split_keys, window_offset, window_size,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr, PRECISE: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one KV head over one split of the keys.
-
-    Grid: (tiles, batch * kv_heads, splits). The q_per_kv query heads are rows too: row m is token
-    m // q_per_kv of query head m % q_per_kv, so that a tile's tokens are close and its keys few.
-    Strides of q, k and v other than the last come divided by ALIGN. BIAS: 0 there is none, 1 bytes
-    that are true where a key is seen, 2 numbers to add.
-    Split i sees keys [i * split_keys, (i + 1) * split_keys), split_keys a multiple of BLOCK_N.
-    Writes out [splits, batch, rows, heads, E] and lse [splits, batch, heads, rows], contiguous. If
-    SPLIT these are sums that nobody has divided yet and the largest score of each row, and what to
-    divide by follows in a second lse: a log-sum-exp is rounded, which shows where splits merge.
-    """
+    """The tile of query rows, KV head and split of the keys that this program has; see `attend_kernel`."""
     # A factor that the compiler sees is how it learns that rows are aligned.
     q_b, q_h, q_t = q_b * ALIGN, q_h * ALIGN, q_t * ALIGN
     k_b, k_h, k_s = k_b * ALIGN, k_h * ALIGN, k_s * ALIGN
@@ -254,3 +241,97 @@ def attend_kernel(
     if SPLIT:
         after = tl.num_programs(2).to(tl.int64) * batches * rows * heads
         tl.store(lse + after + row, total, mask=real)
+
+
+@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES])
+def attend_kernel(
+    q, k, v, bias, out, lse, scale, softcap,
+    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, q_d,
+    k_b: tl.int64, k_h: tl.int64, k_s: tl.int64, k_d,
+    v_b: tl.int64, v_h: tl.int64, v_s: tl.int64, v_d,
+    bias_b: tl.int64, bias_h: tl.int64, bias_t: tl.int64, bias_s,
+    kv_heads, q_per_kv, rows, keys, split_keys, window_offset, window_size,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr, PRECISE: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one KV head over one split of the keys.
+
+    Grid: (tiles, batch * kv_heads, splits). The q_per_kv query heads are rows too: row m is token
+    m // q_per_kv of query head m % q_per_kv, so that a tile's tokens are close and its keys few.
+    Strides of q, k and v other than the last come divided by ALIGN. BIAS: 0 there is none, 1 bytes
+    that are true where a key is seen, 2 numbers to add.
+    Split i sees keys [i * split_keys, (i + 1) * split_keys), split_keys a multiple of BLOCK_N.
+    Writes out [splits, batch, rows, heads, E] and lse [splits, batch, heads, rows], contiguous. If
+    SPLIT these are sums that nobody has divided yet and the largest score of each row, and what to
+    divide by follows in a second lse: a log-sum-exp is rounded, which shows where splits merge.
+    """
+    _tile(
+        q, k, v, bias, out, lse, scale, softcap,
+        q_b, q_h, q_t, q_d, k_b, k_h, k_s, k_d, v_b, v_h, v_s, v_d, bias_b, bias_h, bias_t, bias_s,
+        kv_heads, q_per_kv, rows, keys, split_keys, window_offset, window_size,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, WINDOWED, SOFTCAP, BIAS, PRECISE, ALIGN, SPLIT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["q_b", "q_h", "q_t", "kv_heads", "q_per_kv", "rows"])
+def attend_placed_kernel(
+    q, place, length, out, lse, scale, softcap,
+    q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, q_d, kv_heads, q_per_kv, rows,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEVERAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISE: tl.constexpr, ALIGN: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """As `attend_kernel` with splits, over keys and values whose place and number memory says when this
+    runs, not the call: so that a recorded call goes on being right while the context grows.
+
+    place: [6] see `headinfer.attention.placed.PlaceTable`; its numbers too come divided by ALIGN.
+    length: [1] tokens before the `rows` new ones, which are there already; row i sees the first
+    length + i + 1. SEVERAL: there is more than one row. LEAST: keys of a split, at least; the splits
+    of the grid that are too many for that find nothing.
+    """
+    # From an argument, which the compiler knows to be aligned, by a number of which it sees a factor.
+    here = place.to(q.dtype, bitcast=True)
+    k, v = here + tl.load(place) * ALIGN, here + tl.load(place + 1) * ALIGN
+    past = tl.load(length).to(tl.int32)
+    keys = past + rows
+    splits = tl.minimum(tl.maximum(keys // LEAST, 1), tl.num_programs(2))
+    split_keys = tl.cdiv(tl.cdiv(keys, splits), BLOCK_N) * BLOCK_N
+    k_s, v_s = tl.full([], D // ALIGN, tl.int64), tl.full([], E // ALIGN, tl.int64)
+    # No window is as long as this, and sums with it stay whole numbers of 32 bits.
+    endless = 1 << 30
+    _tile(
+        q, k, v, None, out, lse, scale, softcap,
+        q_b, q_h, q_t, q_d, tl.load(place + 2), tl.load(place + 3), k_s, 1,
+        tl.load(place + 4), tl.load(place + 5), v_s, 1, 0, 0, 0, 0,
+        kv_heads, q_per_kv, rows, keys, split_keys, past, endless,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SEVERAL, SOFTCAP, 0, PRECISE, ALIGN, True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[
+    "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "heads", "tokens",
+])  # fmt: skip
+def store_placed_kernel(
+    k, v, place, length,
+    k_b: tl.int64, k_h: tl.int64, k_t: tl.int64, k_d,
+    v_b: tl.int64, v_h: tl.int64, v_t: tl.int64, v_d, heads, tokens,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Key and value of one new token of one head go where `place` says, after `length` others.
+
+    Grid: (batch * heads * tokens). Strides of k and v in elements, those of `place` as above.
+    """
+    token, at = tl.program_id(0) % tokens, tl.program_id(0) // tokens
+    head, batch = (at % heads).to(tl.int64), (at // heads).to(tl.int64)
+    to = tl.load(length) + token
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    key = tl.load(k + batch * k_b + head * k_h + token * k_t + d * k_d, mask=d < D, other=0.0)
+    value = tl.load(v + batch * v_b + head * v_h + token * v_t + e * v_d, mask=e < E, other=0.0)
+    here = place.to(k.dtype, bitcast=True)
+    keys, values = here + tl.load(place) * ALIGN, here + tl.load(place + 1) * ALIGN
+    keys += (batch * tl.load(place + 2) + head * tl.load(place + 3)) * ALIGN + to * D
+    values += (batch * tl.load(place + 4) + head * tl.load(place + 5)) * ALIGN + to * E
+    tl.store(keys + d, key, mask=d < D)
+    tl.store(values + e, value, mask=e < E)

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from headinfer.attention.merge_ahead import finish_compiling
+from headinfer.attention.compiling import finish_compiling
 from headinfer.bench.cases import Case, Mode
 from headinfer.bench.clock import Deadline, Marks, attention_timed
 from headinfer.bench.contestants import Entry, Ground, enter, pinned_bytes

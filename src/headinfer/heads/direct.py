@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from headinfer.attention.placed import Place, place_of
 from headinfer.errors import TierFull
 from headinfer.heads.codec import Codec
 from headinfer.heads.memory import (
@@ -61,6 +62,20 @@ class DirectHeads:
             stored_k[:, :, there].copy_(k[:, :, here].transpose(0, 1))
             stored_v[:, :, there].copy_(v[:, :, here].transpose(0, 1))
         self.store.commit_append(append, batch=batch)
+
+    def place(self, tokens: int) -> Place | None:
+        """Where everything lies, if it lies in a row with room for `tokens` more."""
+        if (
+            not self.store.has_room(tokens, batch=self.store.batch)
+            or self._memory.guard is not None
+        ):
+            return None
+        _, k, v = self._memory.segments[self.store.segments[0].key]
+        return place_of(k, v)
+
+    def extend(self, tokens: int) -> None:
+        """`tokens` more are, or will be, where `place` said."""
+        self.store.extend(tokens)
 
     def pieces(self, length: int) -> Iterator[Piece]:
         """Everything in [0, length), in place; only reordered rows are gathered."""

@@ -127,6 +127,10 @@ class HeadLayer(CacheLayerMixin):
         with _lasting():
             self.length = runner.append(self.index, keys, values)
 
+    def extend(self, tokens: int) -> None:
+        """The layer holds `tokens` more, which a recorded step puts where `Runner.places` says."""
+        self.length = self._runner().extend(self.index, tokens)
+
     def attend(self, length: int, query: Query) -> Tensor:
         """Attention over the first `length` tokens, [b, t, h, d]."""
         with _lasting():  # staging slots are written to in every pass

@@ -3,8 +3,9 @@
 
 A decode step of a stock model is limited by launching some fifty kernels a layer, not by what they
 do. Between two attention calls nothing depends on the context, so these pieces are recorded once
-per shape (as CUDA graphs) and replayed; stores and attention run as always. The first step of a shape
-runs as ever: nobody waits longer for it, and it may be the only one. The step after the recording
+per shape (as CUDA graphs) and replayed; stores and attention run as always, but for layers whose heads
+are all resident: those are recorded too, with kernels that find keys by a table, so that one piece
+goes through all of them. The first step of a shape runs as ever: nobody waits longer for it, and it may be the only one. The step after the recording
 runs both ways and must agree, which finds whatever the model's code derives from
 positions in Python; a model that cannot be recorded or does not agree goes on as before.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from headinfer.attention.masks import Causal, MaskRecipe, PaddedCausal, Padding
+from headinfer.attention.placed import PlaceTable
 from headinfer.errors import GpuOutOfMemory, TierError, TransferError
 from headinfer.hf.cache import HeadCache, HeadLayer
 from headinfer.hf.cache_name import NAMES, cache_given, cache_name
@@ -75,6 +77,7 @@ class StepGraphs:
         self._modules = tuple(model.modules())
         self._recorded_from = _state_of(model)
         self._looked = True
+        self._table: PlaceTable | None = None
         self.refused = _why_not(model)
         self.replayed = 0
         functools.update_wrapper(self, model.forward)
@@ -94,13 +97,15 @@ class StepGraphs:
         cache, ids = cache_given(kwargs), given["input_ids"]
         length = int(cache.get_seq_length())
         recipe = _recipe(kwargs.get("attention_mask"), length, ids.shape[1])
-        key = (tuple(ids.shape), ids.device, tuple(given), tuple(sorted(_others(kwargs).items())))
+        places = self._places(cache, recipe, ids, length)
+        how = tuple(sorted(_others(kwargs).items()))
+        key = (tuple(ids.shape), ids.device, tuple(given), how, tuple(places))
         found = self._steps.get(key)
         if found is None and not self._comes_again(key):
             return self._forward(*args, **kwargs)
         try:
             if found is None:
-                return self._record(key, kwargs, given, recipe, length)
+                return self._record(key, kwargs, given, recipe, length, places)
             if not found.checked:
                 return self._check(found, kwargs, given, recipe, length)
         except (StepRefused, RuntimeError) as error:
@@ -110,6 +115,21 @@ class StepGraphs:
             self._go_back(cache, length)
             return self._forward(*args, **kwargs)
         return self._replay(found, cache, given, recipe)
+
+    def _places(
+        self, cache: HeadCache, recipe: MaskRecipe, ids: Tensor, length: int
+    ) -> dict[int, Tensor]:
+        """The layers that a recorded step goes through, and where the device finds their keys."""
+        runner = cache.backing.runner
+        if runner is None or type(recipe) is not Causal:
+            return {}
+        found = runner.places(ids.shape[1])
+        if not found:
+            return {}
+        if self._table is None or self._table.length.device != ids.device:
+            self._table = PlaceTable(ids.device)
+        self._table.length.fill_(length)
+        return {index: self._table.row(index, place) for index, place in found.items()}
 
     def _comes_again(self, key: tuple[Any, ...]) -> bool:
         """Whether a step like this one was seen before, and there is room to record it."""
@@ -181,10 +201,12 @@ class StepGraphs:
         given: dict[str, Tensor],
         recipe: MaskRecipe,
         length: int,
+        places: dict[int, Tensor],
     ) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             inputs = {name: value.clone() for name, value in given.items()}
-        step = Step(recipe, length, self._recorder())
+        before = None if self._table is None else self._table.length
+        step = Step(recipe, length, self._recorder(), places, before)
         # In this order: a recording that failed is ended on the stream that it was begun on.
         with _side_stream(inputs["input_ids"].device), activated(step):
             step.begin()
@@ -211,17 +233,15 @@ class StepGraphs:
         _load(recorded.inputs, given)
         if len(watched.calls) != len(recorded.calls):
             raise StepRefused("the model's steps differ from each other")
-        for piece, mine, theirs in zip(
-            recorded.pieces, recorded.calls, watched.calls, strict=False
-        ):
-            piece.replay()
-            for name in ("keys", "values"):
-                _compare(
-                    f"{name} of layer {mine.index}", getattr(mine, name), getattr(theirs, name)
-                )
-            _compare(f"queries of layer {mine.index}", mine.query.q, theirs.query.q)
-            mine.out.copy_(theirs.out)
-        recorded.pieces[-1].replay()
+        pieces, passed = iter(recorded.pieces), list[tuple[Call, Call]]()
+        for mine, theirs in zip(recorded.calls, watched.calls, strict=True):
+            passed.append((mine, theirs))
+            if not mine.inside:
+                next(pieces).replay()
+                _compare_calls(passed)
+                mine.out.copy_(theirs.out)
+        next(pieces).replay()
+        _compare_calls(passed)
         for name, value in output.items():
             again = recorded.output.get(name)
             if isinstance(value, Tensor) and again is not None:
@@ -237,12 +257,16 @@ class StepGraphs:
         recipe: MaskRecipe,
     ) -> Any:
         _load(recorded.inputs, given)
-        for piece, call in zip(recorded.pieces, recorded.calls, strict=False):
-            piece.replay()
+        pieces, tokens = iter(recorded.pieces), given["input_ids"].shape[1]
+        for call in recorded.calls:
             layer = cache.layers[call.index]
+            if call.inside:
+                layer.extend(tokens)
+                continue
+            next(pieces).replay()
             layer.store(call.keys, call.values)
             call.out.copy_(layer.attend(layer.length, replace(call.query, recipe=recipe)))
-        recorded.pieces[-1].replay()
+        next(pieces).replay()
         self.replayed += 1
         return _fresh(recorded, cache)
 
@@ -309,6 +333,18 @@ def _recipe(mask: Tensor | None, length: int, tokens: int) -> MaskRecipe:
 def _load(inputs: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     for name, value in given.items():
         inputs[name].copy_(value)
+
+
+def _compare_calls(passed: list[tuple[Call, Call]]) -> None:
+    """What the model computed for each call, recorded and not, and what came of it; the list is empty
+    then."""
+    for mine, theirs in passed:
+        for name in ("keys", "values"):
+            _compare(f"{name} of layer {mine.index}", getattr(mine, name), getattr(theirs, name))
+        _compare(f"queries of layer {mine.index}", mine.query.q, theirs.query.q)
+        if mine.inside:
+            _compare(f"attention of layer {mine.index}", mine.out, theirs.out)
+    passed.clear()
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Llam
 
 from headinfer.attention import native, packed
 from headinfer.attention.api import attend
-from headinfer.attention.merge_ahead import nothing_ahead
+from headinfer.attention.compiling import nothing_ahead
 from headinfer.attention.packed import PackedRun
 from headinfer.budget import GIB, MIB
 from headinfer.heads.codec import Codec

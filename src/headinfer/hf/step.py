@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode step cut at its attention calls: what lies between two of them is recorded once.
+"""A decode step cut at its attention calls: what lies between two of them is recorded once, and
+through those of layers whose keys the device finds by itself.
 
 While a step object is active, the cache and the attention function hand their calls to it. Knows
 neither graphs nor models: `headinfer.hf.graphs` decides when a step is recorded, checked, replayed.
@@ -8,14 +9,16 @@ neither graphs nor models: `headinfer.hf.graphs` decides when a step is recorded
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from headinfer.attention import placed
 from headinfer.attention.masks import MaskRecipe
+from headinfer.resident_decode import attends_at_places
 from headinfer.totals import Query
 
 
@@ -38,6 +41,10 @@ class Recorder(Protocol):
 
     def end(self) -> Piece: ...
 
+    def include(self, work: Callable[[], None]) -> None:
+        """Record kernels that `work` enqueues; they read and write tensors made before."""
+        ...
+
     def abandon(self) -> None:
         """Stop recording, if that was begun, after an error."""
         ...
@@ -50,18 +57,25 @@ class StepLayer(Protocol):
 
     def store(self, keys: Tensor, values: Tensor) -> None: ...
 
+    def extend(self, tokens: int) -> None: ...
+
     def attend(self, length: int, query: Query) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class Call:
-    """One attention call of a step: the tensors that pieces write (q, k, v) and read (out)."""
+    """One attention call of a step: the tensors that pieces write (q, k, v) and read (out).
+
+    Attributes:
+        inside: stored and attended within a piece, which writes `out` too.
+    """
 
     index: int
     keys: Tensor
     values: Tensor
     query: Query
     out: Tensor
+    inside: bool = False
 
 
 @dataclass(slots=True)
@@ -72,13 +86,17 @@ class Step:
         recipe: the mask of every layer; the model's own masks are not made.
         length: tokens before the step.
         recorder: records between the calls; None only watches.
+        places: of layers that are attended within a piece, where the device knows their keys to be.
+        before: [1] tokens before the step, where the device knows it.
         calls: what was asked, in order.
-        pieces: what was recorded, one more than calls once `finish` was called.
+        pieces: what was recorded, one more than calls outside of them once `finish` was called.
     """
 
     recipe: MaskRecipe
     length: int
     recorder: Recorder | None = None
+    places: Mapping[int, Tensor] = field(default_factory=dict)
+    before: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     _given: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -105,6 +123,8 @@ class Step:
         if query.expand is not None:
             raise StepRefused("latent keys are expanded by the model's own code")
         keys, values = self._given.pop(layer.index)
+        if self.recorder is not None and layer.index in self.places and attends_at_places(query):
+            return self._attend_inside(self.recorder, layer, keys, values, query)
         self._cut()
         layer.store(keys, values)
         length = self.length + keys.shape[2]
@@ -117,6 +137,34 @@ class Step:
             keys, values, query = keys.clone(), values.clone(), replace(query, q=query.q.clone())
         self.calls.append(Call(layer.index, keys, values, query, out))
         self.begin()
+        return out
+
+    def _attend_inside(
+        self, recorder: Recorder, layer: StepLayer, keys: Tensor, values: Tensor, query: Query
+    ) -> Tensor:
+        """The piece goes on through this layer."""
+        place, before = self.places[layer.index], self.before
+        if before is None:
+            raise StepRefused(f"layer {layer.index} has a place and no length")
+        query = replace(query, q=query.q.contiguous(), recipe=self.recipe)
+        shape = (*query.q.shape[:3:2], query.q.shape[1], query.value_dim)
+        out = torch.empty(shape, dtype=query.q.dtype, device=query.q.device)
+
+        def work() -> None:
+            placed.store(keys, values, place, before)
+            placed.attend(
+                query.q,
+                place,
+                before,
+                out,
+                kv_heads=keys.shape[1],
+                scale=query.scale,
+                softcap=query.softcap,
+            )
+
+        recorder.include(work)
+        layer.extend(keys.shape[2])
+        self.calls.append(Call(layer.index, keys, values, query, out, inside=True))
         return out
 
     def _cut(self) -> None:
@@ -168,6 +216,9 @@ class CudaRecorder:
         graph, self._graph = self._graph, None
         graph.capture_end()
         return graph
+
+    def include(self, work: Callable[[], None]) -> None:
+        work()  # whatever is enqueued is recorded
 
     def abandon(self) -> None:
         if self._graph is not None:

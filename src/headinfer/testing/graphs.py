@@ -6,11 +6,12 @@ a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from headinfer.hf.step import Piece, StepRefused
@@ -54,6 +55,13 @@ class TapeRecorder:
             raise StepRefused("nothing was begun")
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return mode.piece
+
+    def include(self, work: Callable[[], None]) -> None:
+        if self._mode is None:
+            raise StepRefused("nothing was begun")
+        with _disable_current_modes():  # its kernels are no operations of torch
+            work()
+        self._mode.piece.operations.append((work, (), {}, None))
 
     def abandon(self) -> None:
         if self._mode is not None:

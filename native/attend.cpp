@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <vector>
 
 #include "blocks.h"
 #include "pool.h"
@@ -74,10 +75,10 @@ class Split {
         groups_(call.batch * call.kv_heads * row_blocks_),
         partial_floats_(std::min(packed_rows_, kTileRows) * (call.value_dim + 2)) {}
 
-  Job job() {
+  Job job() const {
     const size_t partials = sizeof(float) * static_cast<size_t>(groups_ * spans_ * partial_floats_);
     const size_t counters = sizeof(std::atomic<int64_t>) * static_cast<size_t>(groups_);
-    return Job{run_item, this, groups_ * spans_, tile_scratch_bytes(call_, packed_ != nullptr),
+    return Job{run_item, nullptr, groups_ * spans_, tile_scratch_bytes(call_, packed_ != nullptr),
                counters + partials};
   }
 
@@ -89,10 +90,11 @@ class Split {
     split.partials_ = reinterpret_cast<float *>(split.unfinished_ + split.groups_);
   }
 
- private:
   static void run_item(void *context, int64_t item, void *scratch) {
     static_cast<Split *>(context)->run(item, scratch);
   }
+
+ private:
 
   void run(int64_t item, void *scratch) {
     const Tile mine = tile(item);
@@ -169,19 +171,60 @@ class Split {
   }
 
   const headinfer_attend_args &call_;
-  const PackedCall *const packed_;
-  const RunTile run_;
-  const int64_t packed_rows_, row_blocks_, span_keys_, spans_, groups_, partial_floats_;
+  const PackedCall *packed_;
+  RunTile run_;
+  int64_t packed_rows_, row_blocks_, span_keys_, spans_, groups_, partial_floats_;
   std::atomic<int64_t> *unfinished_ = nullptr;  // [groups_] tiles
   float *partials_ = nullptr;                   // [groups_ * spans_] of sums, weight, peak
 };
 
-int32_t attend(const headinfer_attend_args &args, const PackedCall *packed) {
-  if (args.batch * args.kv_heads * args.rows == 0) return HEADINFER_OK;
-  const Level *level = level_at(args.level);
-  Split split(args, packed, packed == nullptr ? level->run[args.type] : level->run_packed);
-  return run_job(split.job(), args.threads, Split::lay_out) ? HEADINFER_OK : HEADINFER_NO_MEMORY;
-}
+// Several calls as one job of the pool: threads are woken once, and none waits at the end of a call
+// for the others.
+class Calls {
+ public:
+  void add(const headinfer_attend_args &call, const PackedCall *packed) {
+    if (call.batch * call.kv_heads * call.rows == 0) return;
+    const Level *level = level_at(call.level);
+    splits_.emplace_back(call, packed,
+                         packed == nullptr ? level->run[call.type] : level->run_packed);
+  }
+
+  int32_t run(int32_t threads) {
+    if (splits_.empty()) return HEADINFER_OK;
+    Job all{run_item, this, 0, 0, 0};
+    for (const Split &split : splits_) {
+      const Job job = split.job();
+      first_item_.push_back(all.items);
+      shared_at_.push_back(all.shared_bytes);
+      all.items += job.items;
+      all.scratch_bytes = std::max(all.scratch_bytes, job.scratch_bytes);
+      // Atomic counters come first in what each has.
+      all.shared_bytes += (job.shared_bytes + kAlign - 1) / kAlign * kAlign;
+    }
+    return run_job(all, threads, lay_out) ? HEADINFER_OK : HEADINFER_NO_MEMORY;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+
+  static void lay_out(void *context, void *shared) {
+    Calls &calls = *static_cast<Calls *>(context);
+    for (size_t i = 0; i < calls.splits_.size(); ++i)
+      Split::lay_out(&calls.splits_[i], static_cast<char *>(shared) + calls.shared_at_[i]);
+  }
+
+  static void run_item(void *context, int64_t item, void *scratch) {
+    Calls &calls = *static_cast<Calls *>(context);
+    const auto after =
+        std::upper_bound(calls.first_item_.begin(), calls.first_item_.end(), item);
+    const size_t index = static_cast<size_t>(after - calls.first_item_.begin()) - 1;
+    Split::run_item(&calls.splits_[index], item - calls.first_item_[index], scratch);
+  }
+
+  std::vector<Split> splits_;
+  std::vector<int64_t> first_item_;
+  std::vector<size_t> shared_at_;
+};
 
 bool packs(int64_t dim) { return dim >= 16 && dim <= kMaxPackedDim && dim % 16 == 0; }
 
@@ -240,10 +283,60 @@ int32_t headinfer_level_runs(int32_t level) {
   return level >= 0 && headinfer::level_at(level) != nullptr ? 1 : 0;
 }
 
-static int32_t attend_checked(const headinfer_attend_args &args,
-                              const headinfer::PackedCall *packed) {
+namespace headinfer {
+
+namespace {
+
+// A call's packed keys, and where it says which block is damaged.
+struct Given {
+  PackedCall packed;
+  int64_t number = 0;
+};
+
+void name_damaged(const headinfer_attend_args &call, const Given &given, int64_t damaged[4]) {
+  const int64_t blocks = given.packed.tokens / kBlockTokens, block = given.number - 1;
+  damaged[3] = block % blocks;
+  damaged[2] = block / blocks % call.kv_heads;
+  damaged[1] = block / blocks / call.kv_heads % call.batch;
+  damaged[0] = block / blocks / call.kv_heads / call.batch;
+}
+
+int32_t attend_checked(const headinfer_attend_args *calls, headinfer_near_packed *packed,
+                       int32_t count) {
+  std::vector<Given> given(static_cast<size_t>(count));
+  Calls together;
+  for (int32_t i = 0; i < count; ++i) {
+    const bool packs = packed != nullptr && packed[i].tokens > 0;
+    Given &mine = given[static_cast<size_t>(i)];
+    // Blocks that are packed for more tokens than are attended are not looked at.
+    if (packs)
+      mine.packed = PackedCall{&packed[i].k, &packed[i].v,
+                               divide_up(packed[i].tokens, kBlockTokens) * kBlockTokens,
+                               &mine.number};
+    together.add(calls[i], packs ? &mine.packed : nullptr);
+  }
+  const int32_t status = together.run(calls[0].threads);
+  for (int32_t i = 0; i < count && status == HEADINFER_OK; ++i) {
+    if (given[static_cast<size_t>(i)].number == 0) continue;
+    name_damaged(calls[i], given[static_cast<size_t>(i)], packed[i].damaged);
+    return HEADINFER_CORRUPT;
+  }
+  return status;
+}
+
+}  // namespace
+
+int32_t attend_runs(const headinfer_attend_args *calls, headinfer_near_packed *packed,
+                    int32_t count) {
+  for (int32_t i = 0; i < count; ++i) {
+    const int64_t tokens = packed == nullptr ? 0 : packed[i].tokens;
+    int32_t problem = check(&calls[i], tokens);
+    if (problem == HEADINFER_OK && tokens > 0)
+      problem = check_packed(calls[i], &packed[i].k, &packed[i].v, tokens, packed[i].damaged);
+    if (problem != HEADINFER_OK) return problem;
+  }
   try {
-    return headinfer::attend(args, packed);
+    return attend_checked(calls, packed, count);
   } catch (const std::bad_alloc &) {
     return HEADINFER_NO_MEMORY;
   } catch (...) {
@@ -251,9 +344,11 @@ static int32_t attend_checked(const headinfer_attend_args &args,
   }
 }
 
+}  // namespace headinfer
+
 int32_t headinfer_attend(const headinfer_attend_args *args) {
-  const int32_t problem = headinfer::check(args, 0);
-  return problem != HEADINFER_OK ? problem : attend_checked(*args, nullptr);
+  if (args == nullptr) return HEADINFER_NULL_POINTER;
+  return headinfer::attend_runs(args, nullptr, 1);
 }
 
 int32_t headinfer_attend_packed(const headinfer_attend_args *args, const headinfer_packed *k,
@@ -262,15 +357,8 @@ int32_t headinfer_attend_packed(const headinfer_attend_args *args, const headinf
   int32_t problem = check(args, packed);
   if (problem == HEADINFER_OK) problem = check_packed(*args, k, v, packed, damaged);
   if (problem != HEADINFER_OK) return problem;
-  int64_t number = 0;
-  // Blocks that are packed for more tokens than are attended are not looked at.
-  const PackedCall call{k, v, divide_up(packed, kBlockTokens) * kBlockTokens, &number};
-  problem = attend_checked(*args, &call);
-  if (problem != HEADINFER_OK || number == 0) return problem;
-  const int64_t blocks = call.tokens / kBlockTokens, block = number - 1;
-  damaged[3] = block % blocks;
-  damaged[2] = block / blocks % args->kv_heads;
-  damaged[1] = block / blocks / args->kv_heads % args->batch;
-  damaged[0] = block / blocks / args->kv_heads / args->batch;
-  return HEADINFER_CORRUPT;
+  headinfer_near_packed there{*k, *v, packed, {}};
+  problem = attend_runs(args, &there, 1);
+  if (problem == HEADINFER_CORRUPT) std::copy(there.damaged, there.damaged + 4, damaged);
+  return problem;
 }

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "headinfer_native.h"
+#include "tile.h"
 
 namespace headinfer {
 namespace {
@@ -54,14 +55,7 @@ void headinfer_near_run(void *given) {
   const headinfer_attend_args &first = job.calls[0];
   const int64_t rows = first.batch * first.kv_heads * first.q_per_kv * first.rows;
   const int64_t dim = first.value_dim;
-  job.status = HEADINFER_OK;
-  for (int32_t i = 0; i < job.count && job.status == HEADINFER_OK; ++i) {
-    headinfer_near_packed *packed = job.packed == nullptr ? nullptr : &job.packed[i];
-    job.status = packed == nullptr || packed->tokens == 0
-                     ? headinfer_attend(&job.calls[i])
-                     : headinfer_attend_packed(&job.calls[i], &packed->k, &packed->v,
-                                               packed->tokens, packed->damaged);
-  }
+  job.status = attend_runs(job.calls, job.packed, job.count);
   if (job.status != HEADINFER_OK) {
     // Nobody can be told here, and the stream goes on: what it reads must not look like a result.
     std::fill(job.out, job.out + rows * dim, std::numeric_limits<float>::quiet_NaN());

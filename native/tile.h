@@ -55,6 +55,12 @@ size_t tile_scratch_bytes(const headinfer_attend_args &call, bool packed);
 // The level of that index, -1 for the best; null where this processor does not run it.
 const Level *level_at(int32_t index);
 
+// Calls, at least one, with the packed keys of each, or null where none are packed, as one job of as
+// many threads as the first asks for; the status of the first that failed. Bits are those of the calls
+// one by one.
+int32_t attend_runs(const headinfer_attend_args *calls, headinfer_near_packed *packed,
+                    int32_t count);
+
 // Null where the level is not built for this processor.
 const Level *level_avx512_bf16();
 const Level *level_avx512();

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,13 +43,24 @@ def test_a_fixed_share_stays():
     assert balance.share == 0.5
 
 
-@pytest.mark.parametrize("unknown", [{"link_rate": None}, {"near_bytes": 0}, {"near_s": 0.0}])
+@pytest.mark.parametrize("unknown", [{"near_bytes": 0}, {"near_s": 0.0}])
 def test_nothing_is_concluded_from_half_a_measurement(unknown):
     balance = Balance(0.5, adapts=True)
     known = {"seconds": 1.0, "near_s": 0.1, "near_bytes": 5, "slack_s": -0.5, "loaded_bytes": 5}
     known["link_rate"] = 9.0
     balance.observe(Pass(**{**known, **unknown}))
     assert balance.share == 0.5
+
+
+def test_a_cpu_that_was_given_everything_gives_some_to_a_link_nobody_has_seen():
+    """Where no tile was ever copied the link's rate is not known, and would never be."""
+    balance = Balance(1.0, adapts=True)
+    late = Pass(0.1, near_s=0.09, near_bytes=3_400, slack_s=0.093, loaded_bytes=0, link_rate=None)
+    balance.observe(late)
+    assert LEAST_SHARE < balance.share < 0.9
+    settled = Balance(1.0, adapts=True)
+    settled.observe(replace(late, slack_s=-0.01))
+    assert settled.share == 1.0
 
 
 def one_pass(balance, *, cpu, link, gap, pause=0.0, ring=1.0, heads=8, layers=32, resident=()):

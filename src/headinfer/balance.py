@@ -68,8 +68,10 @@ class Balance:
         all / link_rate. Slack says which is behind. Where that is the link, it is the distance;
         where it is the CPU it is more, as the ring fills up meanwhile.
         """
-        if not self.adapts or not found.link_rate or not found.near_bytes or found.near_s <= 0:
+        if not self.adapts or not found.near_bytes or found.near_s <= 0:
             return
         everything = found.near_bytes + found.loaded_bytes
-        slope = everything / found.link_rate + everything * found.near_s / found.near_bytes
+        near_rate = found.near_bytes / found.near_s
+        # A link that nothing has crossed yet is taken to be as fast: what it gets then will tell.
+        slope = everything / (found.link_rate or near_rate) + everything / near_rate
         self.share = min(max(self.share - found.slack_s / slope / 2, LEAST_SHARE), 1.0)

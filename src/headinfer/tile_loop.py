@@ -95,6 +95,10 @@ class TileLoop:
     def _foresee(self, call: _Call) -> None:
         """Which heads the CPU attends in this call, and which tiles are wanted for the rest."""
         layer, link = call.layer, call.link
+        if link.ring.upcoming is None:
+            # Nothing is listed ahead, which is when shares are dealt out as a rule; and nothing is
+            # under way that would have to stay as it is. So it is while the CPU has all heads.
+            self.share_out(layer)
         call.near = self._near_query(call)
         self._near_now = call.near is not None
         found = link.begin(layer.index, near=self._near_now)

@@ -82,7 +82,7 @@ class Case:
 @every_type
 @pytest.mark.parametrize("dim", [20, 64, 80, 128, 256])
 def test_every_head_dim(dtype, dim):
-    Case(dtype, d=dim).check()
+    Case(dtype, d=dim, b=2, h=4).check()  # some thousand outputs: of few, one side may be lucky
 
 
 @runs

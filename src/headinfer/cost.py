@@ -24,9 +24,9 @@ SAMPLES = 17
 NOT_HIDDEN = 0.1
 """Of what goes on beside the slowest path of a chunk, what it delays that one by: they share the
 memory's bandwidth, and neither starts or ends with the other. An assumption."""
-NEAR_WAIT_S = 0.4e-3
+NEAR_WAIT_S = 0.7e-3
 """What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
-come up. Fitted to tokens of an H200; an assumption elsewhere."""
+come up, the last tile is attended. Fitted to tokens of an H200; an assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
 reads the same memory: as H200s' hosts did. Where it was not measured."""
@@ -166,11 +166,10 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         "resident keys": (everything - offloaded) / rates.resident_bytes_s,
     }
     moved = moved_bytes(plan, length) if offloaded else 0
-    host_s = _host_s(plan, rates)
-    parts = {**device, "launching": host_s}
+    parts = {**device, "launching": _host_s(plan, rates)}
+    chain = sum(parts.values())
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
-    chain = max(host_s, sum(device.values()))
     near_share = share_near(plan, rates, offloaded=moved, chain_s=chain)
     near_s, link = 0.0, rates.h2d_bytes_s
     if near_share:

@@ -40,6 +40,11 @@ SPARED_THREADS = 1
 that waits for a processor would hold up all of them."""
 
 
+def job_threads() -> int:
+    """How many threads attend in a job that is part of a stream's order."""
+    return max(1, min(native.threads(), torch.get_num_threads() - SPARED_THREADS))
+
+
 def host_query(query: Query) -> Query | None:
     """`query` as the CPU answers it, its `q` left out; None where it cannot."""
     q = query.q
@@ -165,7 +170,7 @@ class NearData:
         self, stream: HostStream, listed: _Listed, heads: OffloadedHeads, q: Tensor, call: Query
     ) -> NearJob:
         self._finished += stream.finished()
-        num_threads = max(1, min(native.threads(), torch.get_num_threads() - SPARED_THREADS))
+        num_threads = job_threads()
 
         def job_for(down: Tensor, found: Partial) -> NativeJob:
             last = listed.job

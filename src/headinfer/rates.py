@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 BLOCK_ROWS = 2048
 PAGEABLE_BYTES_S = 6e9
 """Host to device from memory that is not page-locked, where it was not measured: an H100 on PCIe 5
@@ -47,7 +47,8 @@ class Rates:
         weight_bytes_s: bytes of weights read per second for a single token.
         resident_bytes_s: bytes of keys and values attended per second where the device reads them
             in place, for a single token.
-        layer_s: seconds of a layer that has next to nothing to compute.
+        layer_s: seconds of a token's layer that has next to nothing to compute. On a GPU it is what
+            comes on top of reading weights, in a recorded step, mostly the launches of small kernels.
         token_s: seconds of a generated token beside its layers: sampling, masks, Python.
         chunk_layer_s, streamed_layer_s: seconds of a layer of a prompt's chunk that has next to nothing to
             compute, its heads resident or streamed; None on a CPU. More than `layer_s`, as a chunk is

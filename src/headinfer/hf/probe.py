@@ -17,12 +17,13 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from headinfer.attention import native, packed
 from headinfer.attention.api import attend
-from headinfer.attention.compiling import nothing_ahead
+from headinfer.attention.compiling import finish_compiling, nothing_ahead
 from headinfer.attention.packed import PackedRun
+from headinfer.attention.placed import Kind, ready
 from headinfer.budget import GIB, MIB
 from headinfer.heads.codec import Codec
 from headinfer.hf.attach import attach
@@ -30,6 +31,7 @@ from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.quiet import quiet_transformers
 from headinfer.hf.remembered import known_rates, machine_name, remember
 from headinfer.layout import BLOCK_TOKENS
+from headinfer.near import job_threads
 from headinfer.rates import BLOCK_ROWS, PAGEABLE_BYTES_S, Rates
 from headinfer.tiers import HostTier
 from headinfer.transfer import InlineEngine
@@ -38,6 +40,10 @@ DIMS = (64, 128)
 AGAIN_S = 5.0
 """A measurement of a CPU that took less is made twice."""
 NO_ATTENTION = "headinfer-probe"
+TINY_DIM, PER_KV = 128, 4
+"""Of the layers that are timed: head dim, and query heads for each KV head, as most models have them."""
+BUSY = 8192
+"""Rows of the matrices that keep a GPU busy while the host enqueues what is timed."""
 CHUNK_HEADS, CHUNKS = 8, 8
 NEAR_BYTES = 2 * GIB
 """Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
@@ -71,15 +77,23 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     clock = _Clock(device)
     gpu = device.type == "cuda"
     with torch.no_grad(), quiet_transformers():
-        layer_s, token_s = _per_layer(device, dtype)
-        chunk_layers = _chunk_layers(device, dtype) if gpu else (None, None)
+        if gpu:  # a thread compiles what recorded steps consist of, until these are timed
+            ready(Kind(dtype, TINY_DIM, TINY_DIM, PER_KV, 1, False), device)
+        else:
+            layer_s, token_s = _per_layer(device, dtype)
+            weight_bytes_s = _weight_rate(clock, device, dtype)
         block_flops = _block_flops(clock, device, dtype)
-        weight_bytes_s = _weight_rate(clock, device, dtype)
         attention = {dim: _prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = _token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)
         copies = _copies(clock, device) if gpu else (None, None)
         near = (None, None, None) if copies[0] is None else _near(device, dtype, copies[0])
         pin = _pinning() if gpu else None
+        chunk_layers: tuple[float, float] | tuple[None, None] = (None, None)
+        if gpu:
+            finish_compiling()
+            layer_s, token_s = _per_layer(device, dtype)
+            weight_bytes_s = _decoded_weights(device, dtype, layer_s)
+            chunk_layers = _chunk_layers(device, dtype)
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
@@ -111,42 +125,68 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
 
 class _Clock:
     """Seconds of work on a device: the shortest of several runs after one that warms up, because
-    whatever else the machine does only ever makes one longer."""
+    whatever else the machine does only ever makes one longer.
+
+    On a GPU its own clock counts, from when it begins to when it is done, and it is kept busy while
+    the host enqueues: a host that is slow, or just now slowed down, is measured elsewhere.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._busy: tuple[Tensor, Tensor] | None = None
+        if device.type == "cuda":
+            x = torch.zeros((BUSY, BUSY), dtype=torch.bfloat16, device=device)
+            self._busy = x, torch.empty_like(x)
 
     def seconds(self, run: Callable[[], Any], *, times: int = 5) -> float:
         run()
-        self._wait()
+        if self._busy is not None:
+            return min(self._on_device(run, *self._busy) for _ in range(times))
         found = []
         for _ in range(times):
             started = time.perf_counter()
             run()
-            self._wait()
             found.append(time.perf_counter() - started)
         return min(found)
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+    def _on_device(self, run: Callable[[], Any], x: Tensor, out: Tensor) -> float:
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.mm(x, x, out=out)
+        begun.record()
+        run()
+        ended.record()
+        torch.cuda.current_stream(self._device).synchronize()
+        return float(begun.elapsed_time(ended)) / 1e3
 
 
 def _per_layer(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Seconds of a layer with next to nothing to compute, and of a token beside its layers."""
-    seconds = {depth: _decode_s(device, dtype, depth) for depth in (2, 10)}
+    # On a CPU wide heads would be something to compute.
+    dim = TINY_DIM if device.type == "cuda" else 16
+    seconds = {depth: _decode_s(device, dtype, _llama(64, 128, depth, dim)) for depth in (2, 10)}
     layer = max((seconds[10] - seconds[2]) / 8, 1e-6)
     return layer, max(seconds[2] - 2 * layer, 0.0)
 
 
-def _decode_s(device: torch.device, dtype: torch.dtype, depth: int) -> float:
-    model = LlamaForCausalLM(_llama(64, 128, depth, vocab=256)).to(device, dtype).eval()
+def _decoded_weights(device: torch.device, dtype: torch.dtype, layer_s: float) -> float:
+    """Bytes/s of the weights of layers as large models have them, beside what a layer takes anyway."""
+    config, fewer = (_llama(4096, 14336, depth) for depth in (3, 1))
+    more = _decode_s(device, dtype, config) - _decode_s(device, dtype, fewer)
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, 2 * TINY_DIM
+    heads = config.num_attention_heads
+    weights = hidden * (3 * inner + 2 * heads * TINY_DIM + heads // PER_KV * kv)
+    return float(2 * weights * dtype.itemsize / max(more - 2 * layer_s, 0.2 * more, 1e-6))
+
+
+def _decode_s(device: torch.device, dtype: torch.dtype, config: LlamaConfig) -> float:
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ids = torch.ones((1, 32), dtype=torch.long, device=device)
     step = _Steps()
     with attach(model, expected_tokens=64):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
                        do_sample=False, eos_token_id=None, pad_token_id=0, streamer=step)  # fmt: skip
-    steps = sorted(step.seconds[4:])
+    steps = sorted(step.seconds[5:])
     return steps[len(steps) // 4]  # a step that nobody disturbs, not the luckiest one
 
 
@@ -169,7 +209,7 @@ def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int
         vocab_size=256,
         max_position_embeddings=4096,
     )
-    model, seconds = LlamaForCausalLM(config).to(device, dtype).eval(), []
+    model, seconds = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval(), []
     ids = torch.ones((1, 256), dtype=torch.long, device=device)
     how: dict[str, Any] = {
         "resident_heads": resident,
@@ -210,7 +250,7 @@ def _block_flops(clock: _Clock, device: torch.device, dtype: torch.dtype) -> flo
     AttentionInterface.register(NO_ATTENTION, _no_attention)
     hidden, inner = (4096, 14336) if device.type == "cuda" else (1024, 2816)
     rows = _block_rows(device)
-    config = _llama(hidden, inner, 2, vocab=16)
+    config = _llama(hidden, inner, 2)
     config._attn_implementation = NO_ATTENTION
     with torch.device(device):
         model = LlamaModel(config).to(dtype).eval()
@@ -243,14 +283,16 @@ def _no_attention(
     return query.transpose(1, 2), None
 
 
-def _llama(hidden: int, inner: int, depth: int, *, vocab: int) -> LlamaConfig:
+def _llama(hidden: int, inner: int, depth: int, dim: int = TINY_DIM) -> LlamaConfig:
+    heads = max(hidden // dim, PER_KV)
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=depth,
-        num_attention_heads=max(hidden // 128, 2),
-        num_key_value_heads=max(hidden // 512, 1),
-        vocab_size=vocab,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // PER_KV,
+        head_dim=dim,
+        vocab_size=256,
         max_position_embeddings=4096,
     )
 
@@ -271,7 +313,7 @@ def _token_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, nb
 
 
 def _one_token(
-    device: torch.device, dtype: torch.dtype, nbytes: int
+    device: torch.device, dtype: torch.dtype, nbytes: int, num_threads: int | None = None
 ) -> tuple[Callable[[], Any], int]:
     """Attention of one token, 4 query heads for each of 4 KV heads, over about `nbytes` of keys and
     values, and how many those are."""
@@ -279,7 +321,10 @@ def _one_token(
     keys = nbytes // (2 * heads * dim * dtype.itemsize)
     q = torch.randn((1, 4 * heads, 1, dim), device=device, dtype=dtype)
     k, v = (torch.zeros((1, heads, keys, dim), device=device, dtype=dtype) for _ in range(2))
-    return partial(attend, q, k, v, scale=dim**-0.5), k.nbytes + v.nbytes
+    run = partial(attend, q, k, v, scale=dim**-0.5)
+    if num_threads is not None and native.why_absent() is None:
+        run = partial(native.attend, q, k, v, scale=dim**-0.5, num_threads=num_threads)
+    return run, k.nbytes + v.nbytes
 
 
 def _by_threads(dtype: torch.dtype, nbytes: int) -> dict[int, float]:
@@ -306,7 +351,7 @@ def _near(
     memory cannot be page-locked, keys and values do not pack, or there is no native library."""
     nbytes = min(NEAR_BYTES, psutil.virtual_memory().available // 8)
     beside = _Beside(device, link)
-    plain = beside.rate(*_one_token(torch.device("cpu"), dtype, nbytes))
+    plain = beside.rate(*_one_token(torch.device("cpu"), dtype, nbytes, job_threads()))
     packed_rate = None
     if dtype == torch.bfloat16 and native.why_absent() is None:
         packed_rate = beside.rate(*_one_packed_token(nbytes))[0]
@@ -374,7 +419,8 @@ def _one_packed_token(nbytes: int) -> tuple[Callable[[], Any], int]:
     k, v = (PackedRun(slots.repeat(1, 1, times, 1), codec.overflow(dim)) for _ in range(2))
     q = torch.randn((1, 4 * heads, 1, dim), dtype=torch.float32, device="cpu").to(torch.bfloat16)
     keys = times * some * BLOCK_TOKENS
-    run = partial(packed.attend, q, k, v, None, None, keys=keys, scale=dim**-0.5)
+    how: dict[str, Any] = {"keys": keys, "scale": dim**-0.5, "num_threads": job_threads()}
+    run = partial(packed.attend, q, k, v, None, None, **how)
     return run, 2 * k.slots.nbytes
 
 

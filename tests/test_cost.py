@@ -90,7 +90,7 @@ def test_decode_that_streams_takes_its_bytes_over_the_link():
 
 def test_decode_shared_with_the_cpu_ends_on_both_sides_together():
     step = decode_time(planned(resident_heads=0), GPU, length=131_072)
-    alone = ("weights", "resident keys", "launching")
+    alone = ("weights", "attention", "launching")
     chain = sum(step.parts[name] for name in alone)
     assert chain > 32 * 0.5e-3 + 1e-3 + 15 * GIB / 3000e9 * 0.9
     assert step.parts["near-data attention"] > 32 * NEAR_WAIT_S

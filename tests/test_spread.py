@@ -179,7 +179,7 @@ def test_on_a_cpu_the_disk_is_read_beside_attention():
     rates = replace(RATES, h2d_bytes_s=None, resident_bytes_s=1e10, weight_bytes_s=1e13)
     assert decode_time(plan, rates, length=65536).limit == DISK
     slow = replace(rates, resident_bytes_s=1e9)
-    assert decode_time(plan, slow, length=65536).limit == "resident keys"
+    assert decode_time(plan, slow, length=65536).limit == "attention"
 
 
 def test_packed_a_third_more_lies_in_host_memory_and_a_step_reads_less():

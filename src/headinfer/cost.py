@@ -153,20 +153,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
 
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     """A forward pass over one token after `length`."""
-    geometry, batch = plan.geometry, plan.batch
-    everything = geometry.kv_bytes(length, batch=batch)
-    offloaded = offloaded_bytes(plan, length) if plan.staging and not plan.host_computes else 0
-    device = {
-        "weights": token_bytes(geometry) / rates.weight_bytes_s,
-        "bringing weights": moved_weights_s(geometry, rates),
-        "expanding latents": batch
-        * length
-        * sum(layer.expansion_flops for layer in geometry.layers)
-        / rates.block_flops,
-        "resident keys": (everything - offloaded) / rates.resident_bytes_s,
-    }
-    moved = moved_bytes(plan, length) if offloaded else 0
-    parts = {**device, "launching": _host_s(plan, rates)}
+    parts, moved = _token_parts(plan, rates, length)
     chain = sum(parts.values())
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
@@ -185,6 +172,31 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         waits = {name: parts[name] for name in parts if name not in paths}
         return StepTime(found.seconds, parts, max(waits, key=lambda name: waits[name]))
     return found
+
+
+def _token_parts(plan: Plan, rates: Rates, length: int) -> tuple[dict[str, float], int]:
+    """Seconds of what a compute device does for one token, one thing after another, and bytes of heads
+    that are elsewhere."""
+    geometry, batch = plan.geometry, plan.batch
+    parts = {
+        "weights": token_bytes(geometry) / rates.weight_bytes_s,
+        "bringing weights": moved_weights_s(geometry, rates),
+        "expanding latents": batch
+        * length
+        * sum(layer.expansion_flops for layer in geometry.layers)
+        / rates.block_flops,
+        # Of heads that stream as well, once they are there; what the CPU attends instead is a few percent.
+        "attention": geometry.kv_bytes(length, batch=batch) / rates.resident_bytes_s,
+        "launching": _host_s(plan, rates),
+    }
+    elsewhere = plan.staging and not plan.host_computes
+    return parts, moved_bytes(plan, length) if elsewhere else 0
+
+
+def balanced_share(plan: Plan, rates: Rates, *, length: int) -> float:
+    """The share of offloaded heads with which the CPU ends when the link does, after `length` tokens."""
+    parts, moved = _token_parts(plan, rates, length)
+    return share_near(plan, rates, offloaded=moved, chain_s=sum(parts.values()))
 
 
 def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> float:

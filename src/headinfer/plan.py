@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from headinfer.balance import LEAST_SHARE
 from headinfer.budget import format_bytes
 from headinfer.chunks import hiding_reason, hiding_tokens, roomy
-from headinfer.cost import ANSWER_TOKENS, request_s
+from headinfer.cost import ANSWER_TOKENS, balanced_share, request_s
 from headinfer.decision import Plan
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.footprint import (
@@ -248,7 +249,8 @@ def _gpu_plan(geometry: Geometry, options: Options, batch: int) -> Plan:
             break
     if refused is not None and not fitting:
         raise refused
-    return _with_near_reason(_quickest([*fitting, *_longer(fitting[0], options)], options))
+    best = _quickest([*fitting, *_longer(fitting[0], options)], options)
+    return _with_near_reason(best, options)
 
 
 def _longer(plan: Plan, options: Options) -> Iterator[Plan]:
@@ -305,9 +307,13 @@ def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
     return replace(fitting[best], reasons=(*fitting[best].reasons, reason))
 
 
-def _with_near_reason(plan: Plan) -> Plan:
+def _with_near_reason(plan: Plan, options: Options) -> Plan:
     if not plan.offloaded_heads or not plan.near_share:
         return plan
+    rates, tokens = options.rates, options.expected_tokens
+    if plan.near_adapts and tokens and rates is not None and rates.near_bytes_s:
+        share = balanced_share(plan, rates, length=tokens)
+        plan = replace(plan, near_share=round(max(share, LEAST_SHARE), 2))
     rest = "; the share follows what this machine does" if plan.near_adapts else ""
     reason = (
         f"in decode the CPU attends {plan.near_share:.0%} of the offloaded heads in host memory "

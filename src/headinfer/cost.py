@@ -162,6 +162,8 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     if near_share:
         near_s = near_share * moved / _near_rate(plan, rates) + _near_waits_s(plan)
         link = rates.shared_h2d_bytes_s or link
+    elif moved and plan.near_adapts and rates.near_bytes_s:
+        near_s = NEAR_WAIT_S  # one layer asks for one head, or nobody would know if it paid
     parts["near-data attention"] = near_s
     parts["streaming"] = (1 - near_share) * moved / link
     paths = {"chain": chain + near_s, "streaming": parts["streaming"]}

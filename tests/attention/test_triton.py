@@ -584,19 +584,18 @@ def test_lengths_do_not_compile_anew():
 
 @needs_triton
 @compiles
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_keys_found_by_a_table_are_read_as_widely_and_without_spilling(tmp_path, dtype, rows):
+def test_keys_found_by_a_table_are_read_as_widely_and_without_spilling(tmp_path, rows):
     """The compiler knows an argument to be aligned, and has to be told of a number from memory."""
     from headinfer.attention.triton_kernels import attend_placed_kernel
 
-    tiles = tiles_for(dtype, 128, 4 * rows, HOPPER_SHARED_BYTES)
-    pointers = {"q": POINTERS[dtype], "place": "*i64", "length": "*i64"}
+    tiles = tiles_for(torch.bfloat16, 128, 4 * rows, HOPPER_SHARED_BYTES)
+    pointers = {"q": "*bf16", "place": "*i64", "length": "*i64"}
     pointers |= dict.fromkeys(("out", "lse"), "*fp32")
     constants = {
         "D": 128, "E": 128, "BLOCK_D": 128, "BLOCK_E": 128, "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.keys, "SEVERAL": rows > 1, "SOFTCAP": False,
-        "PRECISE": dtype == torch.float32, "ALIGN": 16 // dtype.itemsize, "LEAST": 256, "q_d": 1,
+        "BLOCK_N": tiles.keys, "SEVERAL": rows > 1, "SOFTCAP": False, "ALIGN": 8, "LEAST": 256,
+        "q_d": 1,
     }  # fmt: skip
     shared, moved = compiled(attend_placed_kernel, pointers, constants, tiles, tmp_path)
     assert shared <= HOPPER_SHARED_BYTES

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers import DynamicCache
 
 import headinfer
+from headinfer.attention.compiling import finish_compiling
+from headinfer.hf.cache_name import cache_argument
+from headinfer.testing.numerics import check
 from headinfer.testing.zoo import ZOO
 from headinfer.testing.zoo.measure import prompt
 
@@ -39,6 +45,43 @@ def test_replayed_steps_give_the_same_tokens(name, residents, near):
             assert run.graphs.refused == ""
             assert run.graphs.replayed >= NEW - 4
         assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_with_everything_resident_a_step_is_one_graph(name):
+    """In half precision; the second context is another cache in another place."""
+    model = ZOO[name].build().to(DEVICE, torch.bfloat16).eval()
+    config = model.config
+    exact = copy.deepcopy(model).double()
+    tokens = [prompt(1, 200).to(DEVICE), prompt(1, 340).flip(1).to(DEVICE)]
+    with headinfer.attach(model, resident_heads=config.num_key_value_heads) as run, torch.no_grad():
+        generate(model, tokens[0])
+        finish_compiling()
+        generate(model, tokens[0])
+        assert run.graphs.refused == ""
+        assert any(len(step.pieces) == 1 for step in run.graphs._steps.values())
+        before = run.graphs.replayed
+        found = []
+        for ids in tokens:
+            cache = run.new_cache(expected_tokens=ids.shape[1])
+            found.append(teacher_forced(model, ids, cache))
+        assert run.graphs.replayed > before + 50
+    model.set_attn_implementation("eager")
+    for logits, ids in zip(found, tokens, strict=True):
+        same = teacher_forced(model, ids, DynamicCache(config=config))
+        exact.set_attn_implementation("eager")
+        check(logits, same, teacher_forced(exact, ids, DynamicCache(config=config)))
+
+
+@torch.no_grad()
+def teacher_forced(model, ids, cache):
+    """Logits of the last 40 tokens, one by one after a prompt of the others."""
+    first = ids.shape[1] - 40
+    model(input_ids=ids[:, :first], **cache_argument(model, cache))
+    logits = []
+    for at in range(first, ids.shape[1]):
+        logits.append(model(input_ids=ids[:, at : at + 1], **cache_argument(model, cache)).logits)
+    return torch.cat(logits, dim=1)
 
 
 def test_a_padded_batch_and_beams():

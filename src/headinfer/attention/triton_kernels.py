@@ -280,7 +280,7 @@ def attend_placed_kernel(
     q_b: tl.int64, q_h: tl.int64, q_t: tl.int64, q_d, kv_heads, q_per_kv, rows,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEVERAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISE: tl.constexpr, ALIGN: tl.constexpr, LEAST: tl.constexpr,
+    ALIGN: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """As `attend_kernel` with splits, over keys and values whose place and number memory says when this
     runs, not the call: so that a recorded call goes on being right while the context grows.
@@ -305,7 +305,7 @@ def attend_placed_kernel(
         q_b, q_h, q_t, q_d, tl.load(place + 2), tl.load(place + 3), k_s, 1,
         tl.load(place + 4), tl.load(place + 5), v_s, 1, 0, 0, 0, 0,
         kv_heads, q_per_kv, rows, keys, split_keys, past, endless,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SEVERAL, SOFTCAP, 0, PRECISE, ALIGN, True,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, SEVERAL, SOFTCAP, 0, False, ALIGN, True,
     )  # fmt: skip
 
 

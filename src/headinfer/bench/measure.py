@@ -202,6 +202,9 @@ def _last_chunk(case: Case, context: int, entry: Entry, deadline: Deadline) -> l
     """The peak of a prefill is that of its last chunk, so the beginning need not be computed."""
     shape, new = entry.ground.shape, min(entry.chunk_tokens, context - 1)
     entry.fill(context - new)
+    # Once unmeasured: kernels and plans for so long a context are made, as a prompt does on its way.
+    _read(entry, _prompt(entry.ground, new), deadline)
+    entry.cache.crop(-new)
     before = entry.counted()
     chunks = _read(entry, _prompt(entry.ground, new), deadline)
     moved = _difference(before, entry.counted())

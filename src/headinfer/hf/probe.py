@@ -42,10 +42,14 @@ AGAIN_S = 5.0
 NO_ATTENTION = "headinfer-probe"
 TINY_DIM, PER_KV = 128, 4
 """Of the layers that are timed: head dim, and query heads for each KV head, as most models have them."""
-BUSY = 8192
-"""Rows of the matrices that keep a GPU busy while the host enqueues what is timed."""
+LARGE_PARAMS = 4096 * (3 * 14336 + 2 * 4096 + 2 * 1024)
+"""Of a layer as wide as those of models of 8 billion parameters."""
+BUSY, BUSY_TIMES = 8192, 2
+"""Rows of the matrices that keep a GPU busy while the host enqueues what is timed, and how often they are
+multiplied."""
+LASTING_S = 0.15
 CHUNK_HEADS, CHUNKS = 8, 8
-NEAR_BYTES = 2 * GIB
+NEAR_BYTES = GIB
 """Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
 are hundreds of MiB."""
 NEAR_TIMES = 3
@@ -77,8 +81,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     clock = _Clock(device)
     gpu = device.type == "cuda"
     with torch.no_grad(), quiet_transformers():
-        if gpu:  # a thread compiles what recorded steps consist of, until these are timed
+        if gpu:  # what recorded steps consist of is compiled before anything is timed
             ready(Kind(dtype, TINY_DIM, TINY_DIM, PER_KV, 1, False), device)
+            finish_compiling()
+            layer_s, token_s, weight_bytes_s = _per_recorded_layer(clock, device, dtype)
         else:
             layer_s, token_s = _per_layer(device, dtype)
             weight_bytes_s = _weight_rate(clock, device, dtype)
@@ -90,9 +96,6 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         pin = _pinning() if gpu else None
         chunk_layers: tuple[float, float] | tuple[None, None] = (None, None)
         if gpu:
-            finish_compiling()
-            layer_s, token_s = _per_layer(device, dtype)
-            weight_bytes_s = _decoded_weights(device, dtype, layer_s)
             chunk_layers = _chunk_layers(device, dtype)
     gc.collect()
     if gpu:
@@ -149,9 +152,24 @@ class _Clock:
             found.append(time.perf_counter() - started)
         return min(found)
 
+    def lasting_seconds(self, run: Callable[[], Any], *, times: int) -> float:
+        """Of one of many runs on end: a GPU that multiplies for longer than an instant slows down, for
+        the power it takes."""
+        once = self.seconds(run, times=times)
+        if self._busy is None:
+            return once
+        count = max(int(LASTING_S / once), 1)
+
+        def again() -> None:
+            for _ in range(count):
+                run()
+
+        return self._on_device(again, *self._busy) / count
+
     def _on_device(self, run: Callable[[], Any], x: Tensor, out: Tensor) -> float:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.mm(x, x, out=out)
+        for _ in range(BUSY_TIMES):
+            torch.mm(x, x, out=out)
         begun.record()
         run()
         ended.record()
@@ -161,24 +179,53 @@ class _Clock:
 
 def _per_layer(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Seconds of a layer with next to nothing to compute, and of a token beside its layers."""
-    # On a CPU wide heads would be something to compute.
-    dim = TINY_DIM if device.type == "cuda" else 16
-    seconds = {depth: _decode_s(device, dtype, _llama(64, 128, depth, dim)) for depth in (2, 10)}
+    seconds = {depth: _decode_s(device, dtype, _llama(64, 128, depth, 16)) for depth in (2, 10)}
     layer = max((seconds[10] - seconds[2]) / 8, 1e-6)
     return layer, max(seconds[2] - 2 * layer, 0.0)
 
 
-def _decoded_weights(device: torch.device, dtype: torch.dtype, layer_s: float) -> float:
-    """Bytes/s of the weights of layers as large models have them, beside what a layer takes anyway."""
-    config, fewer = (_llama(4096, 14336, depth) for depth in (3, 1))
-    more = _decode_s(device, dtype, config) - _decode_s(device, dtype, fewer)
-    hidden, inner, kv = config.hidden_size, config.intermediate_size, 2 * TINY_DIM
-    heads = config.num_attention_heads
-    weights = hidden * (3 * inner + 2 * heads * TINY_DIM + heads // PER_KV * kv)
-    return float(2 * weights * dtype.itemsize / max(more - 2 * layer_s, 0.2 * more, 1e-6))
+def _per_recorded_layer(
+    clock: _Clock, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float, float]:
+    """The same of steps that are recorded, where layers are the GPU's, and the rest of a token is what
+    the host does before and after; and bytes/s of the weights of layers as large models have them,
+    beside what a layer takes anyway."""
+    few, many, one, three = (
+        _recorded_s(clock, device, dtype, config)
+        for config in (
+            _llama(64, 128, 2),
+            _llama(64, 128, 10),
+            _llama(4096, 14336, 1),
+            _llama(4096, 14336, 3),
+        )
+    )
+    layer = max((many - few) / 8, 1e-6)
+    token = max(_decode_s(device, dtype, _llama(64, 128, 10)) - many, 0.0)
+    weights = max((three - one) / 2 - layer, 0.2 * (three - one) / 2, 1e-6)
+    return layer, token, LARGE_PARAMS * dtype.itemsize / weights
+
+
+def _recorded_s(
+    clock: _Clock, device: torch.device, dtype: torch.dtype, config: LlamaConfig
+) -> float:
+    """Seconds of the GPU for a step that is replayed."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids = torch.ones((1, 32), dtype=torch.long, device=device)
+    with attach(model, expected_tokens=64) as run:
+        cache = run.new_cache()
+
+        def step() -> None:
+            model(input_ids=ids[:, :1], **cache_argument(model, cache))
+
+        model(input_ids=ids, **cache_argument(model, cache))
+        for _ in range(4):  # one as ever, one that is recorded, one that is compared
+            step()
+        return clock.seconds(step, times=9)
 
 
 def _decode_s(device: torch.device, dtype: torch.dtype, config: LlamaConfig) -> float:
+    """Seconds of a token of `generate`."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ids = torch.ones((1, 32), dtype=torch.long, device=device)
@@ -255,8 +302,8 @@ def _block_flops(clock: _Clock, device: torch.device, dtype: torch.dtype) -> flo
     with torch.device(device):
         model = LlamaModel(config).to(dtype).eval()
     weights = sum(w.numel() for layer in model.layers for w in layer.parameters() if w.dim() == 2)
-    x = torch.zeros((1, rows, hidden), device=device, dtype=dtype)
-    seconds = clock.seconds(lambda: model(inputs_embeds=x, use_cache=False), times=7)
+    x = torch.randn((1, rows, hidden), device=device, dtype=dtype)
+    seconds = clock.lasting_seconds(lambda: model(inputs_embeds=x, use_cache=False), times=7)
     return float(2 * rows * weights) / seconds
 
 
@@ -301,7 +348,7 @@ def _prompt_attention(clock: _Clock, device: torch.device, dtype: torch.dtype, d
     rows, keys = (4096, 32768) if device.type == "cuda" else (256, 4096)
     q = torch.randn((1, 4, rows, dim), device=device, dtype=dtype)
     k, v = (torch.randn((1, 1, keys, dim), device=device, dtype=dtype) for _ in range(2))
-    seconds = clock.seconds(lambda: attend(q, k, v, scale=dim**-0.5))
+    seconds = clock.lasting_seconds(lambda: attend(q, k, v, scale=dim**-0.5), times=5)
     flops = 4.0 * 4 * rows * keys * dim
     return flops / seconds
 

@@ -49,7 +49,7 @@ BUSY, BUSY_TIMES = 8192, 2
 multiplied."""
 LASTING_S = 0.15
 CHUNK_HEADS, CHUNKS = 8, 8
-NEAR_BYTES = GIB
+NEAR_BYTES = 2 * GIB
 """Keys and values that the CPU attends beside copies: far more than its caches hold, which on servers
 are hundreds of MiB."""
 NEAR_TIMES = 3

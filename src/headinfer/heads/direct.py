@@ -41,6 +41,7 @@ class DirectHeads:
         if expected_tokens is not None:
             self.store.reserve(expected_tokens)
         self._memory = SegmentMemory(tier, shape, heads)
+        self._placed: tuple[int, Place] | None = None  # of which segment; keys come but once
 
     @property
     def stored_bytes(self) -> int:
@@ -70,8 +71,11 @@ class DirectHeads:
             or self._memory.guard is not None
         ):
             return None
-        _, k, v = self._memory.segments[self.store.segments[0].key]
-        return place_of(k, v)
+        key = self.store.segments[0].key
+        if self._placed is None or self._placed[0] != key:
+            _, k, v = self._memory.segments[key]
+            self._placed = key, place_of(k, v)
+        return self._placed[1]
 
     def extend(self, tokens: int) -> None:
         """`tokens` more are, or will be, where `place` said."""

@@ -75,6 +75,7 @@ class StepGraphs:
         self._seen: set[tuple[Any, ...]] = set()
         self._names = set(inspect.signature(model.forward).parameters)
         self._modules = tuple(model.modules())
+        self._hooks = _hooks_of(self._modules)
         self._recorded_from = _state_of(model)
         self._looked = True
         self._table: PlaceTable | None = None
@@ -166,7 +167,7 @@ class StepGraphs:
             return None
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             return None
-        if any(map(_watched, self._modules[1:])):
+        if any(self._hooks) and any(map(_watched, self._modules[1:])):
             return None  # somebody watches: nothing would be seen of a replayed step
         length = int(cache.get_seq_length())
         positions = kwargs.get("position_ids")
@@ -186,10 +187,12 @@ class StepGraphs:
         if self._looked:
             return
         self._looked = True
+        self._hooks = _hooks_of(self._modules)
         state = _state_of(self._model)
         if state != self._recorded_from:
             self._recorded_from = state
             self._modules = tuple(self._model.modules())
+            self._hooks = _hooks_of(self._modules)
             self._steps.clear()
             self._seen.clear()
             self.refused = _why_not(self._model, ours=self)
@@ -288,6 +291,12 @@ def _others(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in kwargs.items() if name not in known and value is not None
     }
+
+
+def _hooks_of(modules: tuple[Any, ...]) -> list[dict[int, Any]]:
+    """Where modules below the model keep their hooks: looking into these takes no time to speak of."""
+    kept = ((module._forward_hooks, module._forward_pre_hooks) for module in modules[1:])
+    return [hooks for pair in kept for hooks in pair]
 
 
 def _watched(module: Any) -> bool:

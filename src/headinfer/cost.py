@@ -27,6 +27,9 @@ memory's bandwidth, and neither starts or ends with the other. An assumption."""
 NEAR_WAIT_S = 0.7e-3
 """What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
 come up, the last tile is attended. Fitted to tokens of an H200; an assumption elsewhere."""
+STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
+"""What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
+packed, while the CPU attends: as the hosts of H200s did. An assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
 reads the same memory: as H200s' hosts did. Where it was not measured."""
@@ -166,7 +169,9 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         near_s = NEAR_WAIT_S  # one layer asks for one head, or nobody would know if it paid
     parts["near-data attention"] = near_s
     parts["streaming"] = (1 - near_share) * moved / link
-    paths = {"chain": chain + near_s, "streaming": parts["streaming"]}
+    parts["enqueueing tiles"] = _tiles_s(plan, length, near_share) if moved else 0.0
+    paths = {name: parts[name] for name in ("streaming", "enqueueing tiles")}
+    paths["chain"] = chain + near_s
     disk = _disk_paths(plan, rates, length)
     paths, parts = paths | disk, parts | disk
     found = _slowest(paths, parts)
@@ -238,6 +243,15 @@ def _packing_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
 def _near_waits_s(plan: Plan) -> float:
     """Seconds that layers with offloaded heads wait for the CPU, in all."""
     return NEAR_WAIT_S * _streamed_layers(plan)
+
+
+def _tiles_s(plan: Plan, length: int, near_share: float) -> float:
+    """Seconds that enqueueing the layers of a token takes that have heads elsewhere."""
+    layers = _streamed_layers(plan)
+    # The last tile of a layer is half full, as tiles go.
+    tiles = (1 - near_share) * offloaded_bytes(plan, length) / plan.slot_bytes + layers / 2
+    each = PACKED_TILE_S if packs(plan.geometry, plan.kv_format) else TILE_S
+    return layers * STREAMED_LAYER_S + tiles * each
 
 
 def _streamed_layers(plan: Plan) -> int:

@@ -12,7 +12,7 @@ import gc
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -166,6 +166,11 @@ class _Clock:
 
         return self._on_device(again, *self._busy) / count
 
+    def wait(self) -> None:
+        """Return when the device has nothing to do."""
+        if self._busy is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+
     def _on_device(self, run: Callable[[], Any], x: Tensor, out: Tensor) -> float:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(BUSY_TIMES):
@@ -173,7 +178,7 @@ class _Clock:
         begun.record()
         run()
         ended.record()
-        torch.cuda.current_stream(self._device).synchronize()
+        self.wait()
         return float(begun.elapsed_time(ended)) / 1e3
 
 
@@ -187,11 +192,11 @@ def _per_layer(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 def _per_recorded_layer(
     clock: _Clock, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float, float]:
-    """The same of steps that are recorded, where layers are the GPU's, and the rest of a token is what
-    the host does before and after; and bytes/s of the weights of layers as large models have them,
-    beside what a layer takes anyway."""
+    """The same of steps that are recorded: the host is done with one before the GPU has begun it, so
+    both count. And bytes/s of the weights of layers as large models have them, beside what a layer
+    takes anyway."""
     few, many, one, three = (
-        _recorded_s(clock, device, dtype, config)
+        _recorded(clock, device, dtype, config)
         for config in (
             _llama(64, 128, 2),
             _llama(64, 128, 10),
@@ -199,16 +204,24 @@ def _per_recorded_layer(
             _llama(4096, 14336, 3),
         )
     )
-    layer = max((many - few) / 8, 1e-6)
-    token = max(_decode_s(device, dtype, _llama(64, 128, 10)) - many, 0.0)
-    weights = max((three - one) / 2 - layer, 0.2 * (three - one) / 2, 1e-6)
-    return layer, token, LARGE_PARAMS * dtype.itemsize / weights
+    on_device, on_host = ((more - less) / 8 for more, less in zip(many, few, strict=True))
+    generated = _decode_s(device, dtype, _llama(64, 128, 10)) - many.device_s
+    token = max(few.host_s - 2 * on_host, generated, 0.0)
+    whole = (three.device_s - one.device_s) / 2
+    weights = max(whole - on_device, 0.2 * whole, 1e-6)
+    return max(on_device + on_host, 1e-6), token, LARGE_PARAMS * dtype.itemsize / weights
 
 
-def _recorded_s(
+class _Recorded(NamedTuple):
+    """Seconds of a step that is replayed: of the device, and until the host is done enqueueing it."""
+
+    device_s: float
+    host_s: float
+
+
+def _recorded(
     clock: _Clock, device: torch.device, dtype: torch.dtype, config: LlamaConfig
-) -> float:
-    """Seconds of the GPU for a step that is replayed."""
+) -> _Recorded:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     ids = torch.ones((1, 32), dtype=torch.long, device=device)
@@ -221,7 +234,13 @@ def _recorded_s(
         model(input_ids=ids, **cache_argument(model, cache))
         for _ in range(4):  # one as ever, one that is recorded, one that is compared
             step()
-        return clock.seconds(step, times=9)
+        device_s, hosts = clock.seconds(step, times=8), []
+        for _ in range(8):
+            started = time.perf_counter()
+            step()
+            hosts.append(time.perf_counter() - started)
+            clock.wait()
+        return _Recorded(device_s, sorted(hosts)[2])
 
 
 def _decode_s(device: torch.device, dtype: torch.dtype, config: LlamaConfig) -> float:

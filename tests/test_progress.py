@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer.budget import GIB, MemoryBudget
-from headinfer.cost import chunk_cost, chunk_time
+from headinfer.cost import LASTING, chunk_cost, chunk_time
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
 from headinfer.plan import make_plan
@@ -23,7 +23,7 @@ H200 = Rates(
     machine="NVIDIA H200, as measured",
     dtype="bfloat16",
     block_flops=498e12,
-    attention_flops={64: 404e12, 128: 618e12},
+    attention_flops={64: 404e12 / LASTING, 128: 618e12 / LASTING},
     weight_bytes_s=3297e9,
     resident_bytes_s=3456e9,
     layer_s=0.85e-3,

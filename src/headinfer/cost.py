@@ -27,6 +27,9 @@ memory's bandwidth, and neither starts or ends with the other. An assumption."""
 NEAR_WAIT_S = 0.7e-3
 """What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
 come up, the last tile is attended. Fitted to tokens of an H200; an assumption elsewhere."""
+LASTING = 0.94
+"""What attention of a prompt reaches of the rate measured, as it goes on for minutes and its chunks have a
+triangle each: so on H200s. An assumption."""
 STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
 """What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
 packed, while the CPU attends: as the hosts of H200s did. An assumption elsewhere."""
@@ -130,7 +133,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         "packing": _packing_s(plan, rates, past=past, new=new),
         "attention": sum(
             attention_flops(layer, past=past, new=new, batch=batch)
-            / rates.attention_flops_of(max(layer.attended_dims))
+            / (LASTING * rates.attention_flops_of(max(layer.attended_dims)))
             for layer in geometry.layers
         ),
         "output projection": batch

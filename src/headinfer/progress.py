@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 
@@ -48,14 +49,19 @@ ChunkCost = Callable[[int, int], tuple[float, float]]
 """Predicted seconds of a chunk, from tokens before it and tokens in it: what it takes at the start
 of a prompt, and what the tokens before it add. `headinfer.cost.chunk_cost` makes one."""
 
-TOGETHER = 0.25
-"""How far a prediction may be off as a whole: a busy or throttled machine."""
+TOGETHER = 0.15
+"""How far a prediction may be off as a whole, as far as the cost model is held to: a busy or throttled machine
+is noticed all the same."""
 BASE_APART, GROWTH_APART = 0.3, 0.12
 """How far each part may be off by itself: growth is one kernel, base everything else there is."""
 NOISE = 0.03
 """Of a chunk's seconds, what comes and goes."""
 FIRST_NOISE = 0.5
 """... of the first one, in which memory is allocated and kernels are loaded."""
+SETTLING_NOISE = 0.1
+"""... of others in the first `SETTLING_S` seconds: host memory is made, and threads compile what is needed
+later."""
+SETTLING_S = 1.5
 TAILS = 4.0
 """Degrees of freedom of what comes and goes: a chunk that is far off all the others says little."""
 FEW, LATELY = 2, 10
@@ -157,6 +163,8 @@ class PrefillClock:
         ]
         noise = [NOISE] * len(rows)
         if len(rows) > 1 and self._begun == 0:
+            passed = accumulate(seconds for _, _, seconds in rows)
+            noise = [SETTLING_NOISE if since <= SETTLING_S else NOISE for since in passed]
             noise[0] = FIRST_NOISE
         most = _most(rows, begins=self._begun == 0)
         weights, trust = [1.0] * len(rows), 1.0

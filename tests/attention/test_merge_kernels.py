@@ -4,7 +4,6 @@ through Triton's interpreter in a process of its own."""
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from headinfer import totals
-from headinfer.attention import merge, merge_ahead
+from headinfer.attention import merge
 from headinfer.attention.masks import Causal
 from headinfer.attention.merge import add_sink, identity, merge_all, merge_into, write_merged
 from headinfer.attention.merge_ahead import merge_everything
@@ -208,28 +207,6 @@ def test_everything_is_merged_once_to_be_compiled(monkeypatch, held, sink):
             total.add(Piece(9 * place, q, q))
         total.finish(torch.empty(1, 9, 2, 64, dtype=torch.float16, device=DEVICE))
     assert seen == compiled_for
-
-
-@needs_triton
-@compiles
-def test_threads_that_compile_begin_once_and_not_while_something_is_timed(monkeypatch):
-    begun = []
-
-    def compiled(*what):
-        begun.append(what)
-        time.sleep(0.1)
-
-    monkeypatch.setattr(merge_ahead, "_compile", compiled)
-    device = torch.device("cuda", 7)
-    with merge_ahead.nothing_ahead():
-        merge_ahead.compile_ahead(device, torch.bfloat16, 72, sink=False)
-    assert not begun
-    for sink in (False, True, False):
-        merge_ahead.compile_ahead(device, torch.bfloat16, 72, sink=sink)
-    merge_ahead.compile_ahead(torch.device("cpu"), torch.bfloat16, 72, sink=False)
-    merge_ahead.compile_ahead(device, torch.float64, 72, sink=False)
-    merge_ahead.finish_compiling()
-    assert begun == [(device, torch.bfloat16, 72, sink) for sink in (False, True)]
 
 
 @gpu_only

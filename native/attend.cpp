@@ -328,6 +328,8 @@ int32_t attend_checked(const headinfer_attend_args *calls, headinfer_near_packed
 
 int32_t attend_runs(const headinfer_attend_args *calls, headinfer_near_packed *packed,
                     int32_t count) {
+  if (calls == nullptr) return HEADINFER_NULL_POINTER;
+  if (count < 1) return HEADINFER_BAD_SHAPE;
   for (int32_t i = 0; i < count; ++i) {
     const int64_t tokens = packed == nullptr ? 0 : packed[i].tokens;
     int32_t problem = check(&calls[i], tokens);
@@ -347,7 +349,6 @@ int32_t attend_runs(const headinfer_attend_args *calls, headinfer_near_packed *p
 }  // namespace headinfer
 
 int32_t headinfer_attend(const headinfer_attend_args *args) {
-  if (args == nullptr) return HEADINFER_NULL_POINTER;
   return headinfer::attend_runs(args, nullptr, 1);
 }
 

@@ -163,12 +163,18 @@ def test_the_link_is_slower_while_the_cpu_reads_the_same_memory():
 
 
 @pytest.mark.parametrize("near", [1e9, 10e9, 20e9, 40e9])
-def test_a_slow_cpu_is_never_predicted_to_be_worse_than_none(near):
+@pytest.mark.parametrize(("gib", "tokens"), [(24, 32_768), (24, 131_072), (18, 8192), (18, 16_384)])
+def test_a_slow_cpu_is_predicted_to_cost_no_more_than_being_asked(near, gib, tokens):
+    """One layer asks it for one head, whatever it says; at 18 GiB few heads are elsewhere, and tokens wait
+    for neither."""
     alone = replace(GPU, near_bytes_s=None)
     beside = replace(GPU, near_bytes_s=near, h2d_beside_bytes_s=40e9)
-    plan = planned(tokens=32_768, resident_heads=0)
-    slow, quick = (decode_time(plan, rates, length=32_768).seconds for rates in (alone, beside))
-    assert quick <= slow
+    resident = {"resident_heads": 0} if gib == 24 else {}
+    plan = planned(gib * GIB, tokens, **resident)
+    slow, quick = (decode_time(plan, rates, length=tokens).seconds for rates in (alone, beside))
+    assert quick <= slow + (NEAR_WAIT_S if gib == 18 else 0)
+    if gib == 18:
+        assert plan.offloaded_heads
 
 
 def test_short_chunks_wait_for_whoever_enqueues_them():

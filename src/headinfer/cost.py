@@ -32,7 +32,8 @@ LASTING = 0.94
 triangle each: so on H200s. An assumption."""
 STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
 """What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
-packed, while the CPU attends: as the hosts of H200s did. An assumption elsewhere."""
+packed: as the hosts of H200s did while their CPUs attended. Without that it is less, and the link decides. An
+assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
 reads the same memory: as H200s' hosts did. Where it was not measured."""

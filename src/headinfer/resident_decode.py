@@ -32,21 +32,23 @@ class ResidentDecode:
         self._settings = settings
         self._layers = layers
         self._tables: dict[torch.device, PlaceTable] = {}
-        self._asked: _Manner | None = None
+        self._asked: dict[int, _Manner] = {}
         self._compiled: set[tuple[KVShape, _Manner, int, torch.device]] = set()
 
     def expect(self, layer: Layer, query: Query) -> None:
         """`layer` was asked `query`; tokens are likely to come, asked in the same way."""
-        self._asked = _manner(query)
-        self._ready(layer.shape, self._asked, 1, layer.device)
+        asked = self._asked[layer.index] = _manner(query)
+        self._ready(layer.shape, asked, 1, layer.device)
 
-    def places(self, tokens: int) -> dict[int, Place]:
-        """By layer, where keys and values lie of those that `tokens` new tokens can attend by it."""
-        asked, found = self._asked, {}
+    def places(self, tokens: int, *, batch: int) -> dict[int, Place]:
+        """By layer, where keys and values lie of those that `tokens` new tokens of `batch` sequences can
+        attend by it."""
+        found = {}
         for index, layer in self._layers.items():
+            asked = self._asked.get(index)
             if asked is None or not self._ready(layer.shape, asked, tokens, layer.device):
-                return {}
-            place = self._place(layer, tokens)
+                continue
+            place = self._place(layer, tokens, batch)
             if place is not None:
                 found[index] = place
         return found
@@ -58,9 +60,9 @@ class ResidentDecode:
         recipe = query.recipe
         if type(recipe) is not Causal or recipe.offset + rows != length or layer.length != length:
             return None
-        place = self._place(layer, 0)
-        self._asked = _manner(query)
-        if place is None or not self._ready(layer.shape, self._asked, rows, layer.device):
+        place = self._place(layer, 0, query.q.shape[0])
+        asked = self._asked[layer.index] = _manner(query)
+        if place is None or not self._ready(layer.shape, asked, rows, layer.device):
             return None
         table = self._tables.get(layer.device)
         if table is None:
@@ -68,11 +70,11 @@ class ResidentDecode:
         table.length.fill_(length - rows)
         return attend_at(table.row(layer.index, place), table.length, query, layer.shape)
 
-    def _place(self, layer: Layer, tokens: int) -> Place | None:
+    def _place(self, layer: Layer, tokens: int, batch: int) -> Place | None:
         heads = layer.ranges[0]
         if len(layer.ranges) > 1 or not isinstance(heads, DirectHeads):
             return None
-        return heads.place(tokens)
+        return heads.place(tokens, batch=batch)
 
     def _ready(self, shape: KVShape, asked: _Manner, rows: int, device: torch.device) -> bool:
         if self._settings.attention != AUTO or not asked.plain:

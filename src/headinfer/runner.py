@@ -196,10 +196,10 @@ class Runner:
         layer = self._layer_holding(index, length)
         return self._loop.attend(layer, self._links[layer.device], length, query)
 
-    def places(self, tokens: int) -> dict[int, Place]:
-        """By layer, where the keys and values lie of those that `tokens` new tokens can attend by their
-        place, with room for these."""
-        return self._loop.resident.places(tokens)
+    def places(self, tokens: int, *, batch: int) -> dict[int, Place]:
+        """By layer, where the keys and values lie of those that `tokens` new tokens of `batch` sequences
+        can attend by their place, with room for these."""
+        return self._loop.resident.places(tokens, batch=batch)
 
     def extend(self, index: int, tokens: int) -> int:
         """Layer `index` holds `tokens` more, which somebody has put, or will, where `places` said;

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import headinfer
+from headinfer.attention import placed
+from headinfer.errors import CacheStateError
 from headinfer.hf import backing
 from headinfer.hf.cache_name import cache_argument
-from headinfer.testing.graphs import TapeRecorder
+from headinfer.testing.graphs import TapePiece, TapeRecorder
 from headinfer.testing.placed import play_on_cpu
 
 NEW = 24
@@ -207,3 +209,93 @@ def test_an_implementation_insisted_on_is_what_attends(
         generate(llama, ids(60))
         assert run.graphs is not None
         assert all(not call.inside for step in run.graphs._steps.values() for call in step.calls)
+
+
+@pytest.mark.parametrize(("held", "given"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("replay", [False, True])
+def test_another_batch_than_the_cache_holds_is_refused(
+    llama: Any, ids: Any, staged: dict[str, Any], held: int, given: int, replay: bool
+) -> None:
+    """A recorded step of that many sequences would write past what the cache has for one."""
+    options = {**staged, "resident_heads": heads_of(llama), "expected_tokens": 256}
+    with headinfer.attach(llama, **options) as run, torch.no_grad():
+        if replay:
+            run.replay_with(TapeRecorder)
+        fits, other = run.new_cache(), run.new_cache()
+        headinfer.prefill(llama, ids(50, batch=given), fits)
+        for token in range(6):
+            step = torch.full((given, 1), 5 + token)
+            llama(input_ids=step, **cache_argument(llama, fits))
+        headinfer.prefill(llama, ids(50, batch=held), other)
+        before = other.layers[0].gather(50, values=False)
+        with pytest.raises(CacheStateError, match=f"holds {held} sequences"):
+            llama(input_ids=torch.full((given, 1), 5), **cache_argument(llama, other))
+        assert other.get_seq_length() == 50
+        assert torch.equal(other.layers[0].gather(50, values=False), before)
+
+
+def test_kernels_that_are_compiled_late_take_no_shape_from_others(
+    llama: Any, ids: Any, staged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a shape are recorded without them first, and again when they are there."""
+    asked: dict[Any, int] = {}
+
+    def ready(kind: Any, device: Any) -> bool:
+        asked[kind] = asked.get(kind, 0) + 1
+        return asked[kind] > 20
+
+    monkeypatch.setattr(placed, "ready", ready)
+    options = {**staged, "resident_heads": heads_of(llama), "expected_tokens": 1024}
+    with headinfer.attach(llama, **options) as run, torch.no_grad():
+        run.replay_with(TapeRecorder)
+        cache = run.new_cache()
+        headinfer.prefill(llama, ids(40), cache)
+        assert run.graphs is not None
+        for tokens in (1, 2, 3, 4):
+            before = run.graphs.replayed
+            for token in range(40):
+                step = torch.full((1, tokens), 5 + token)
+                llama(input_ids=step, **cache_argument(llama, cache))
+            assert run.graphs.replayed - before >= 40 - 6
+        assert {key[0] for key in run.graphs._steps} == {(1, count) for count in (1, 2, 3, 4)}
+
+
+def test_contexts_that_take_turns_keep_their_recordings(
+    llama: Any, ids: Any, staged: dict[str, Any]
+) -> None:
+    """One has its heads on the device, the other has outgrown the memory there; a third way drives out the
+    oldest."""
+    options = {**staged, "resident_heads": heads_of(llama), "expected_tokens": 64}
+    with headinfer.attach(llama, **options) as run, torch.no_grad():
+        run.replay_with(TapeRecorder)
+        caches = [run.new_cache(), run.new_cache(expected_tokens=256)]
+        for cache in caches:
+            headinfer.prefill(llama, ids(48), cache)
+        assert run.graphs is not None
+        for _ in range(30):
+            for cache in caches:
+                step = torch.full((1, 1), 7)
+                llama(input_ids=step, **cache_argument(llama, cache))
+        assert len(run.graphs._steps) == 2
+        assert run.graphs.replayed >= 60 - 10
+
+
+def test_what_stops_a_replayed_step_leaves_no_token_that_was_not_computed(
+    llama: Any, ids: Any, staged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**staged, "resident_heads": heads_of(llama), "expected_tokens": 256}
+    with headinfer.attach(llama, **options) as run, torch.no_grad():
+        run.replay_with(TapeRecorder)
+        cache = run.new_cache()
+        headinfer.prefill(llama, ids(50), cache)
+        step = {"input_ids": torch.full((1, 1), 7), **cache_argument(llama, cache)}
+        for _ in range(5):
+            llama(**step)
+
+        def stopped(piece: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(TapePiece, "replay", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            llama(**step)
+        assert {layer.get_seq_length() for layer in cache.layers} == {55}

@@ -87,7 +87,10 @@ class PlaceTable:
                 held = torch.zeros(6, dtype=torch.int64, device=self.length.device)
             self._rows[index] = held
         if self._places.get(index) != place:
-            seen = ((at - held.data_ptr()) // place.unit for at in (place.keys, place.values))
+            away = [at - held.data_ptr() for at in (place.keys, place.values)]
+            if any(distance % place.unit for distance in away):
+                raise ValueError(f"{place} is not a whole number of units from {held.data_ptr()}")
+            seen = (distance // place.unit for distance in away)
             held.copy_(torch.tensor([*seen, *place[3:]], dtype=torch.int64, device="cpu"))
             self._places[index] = place
         return held

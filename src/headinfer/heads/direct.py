@@ -64,12 +64,9 @@ class DirectHeads:
             stored_v[:, :, there].copy_(v[:, :, here].transpose(0, 1))
         self.store.commit_append(append, batch=batch)
 
-    def place(self, tokens: int) -> Place | None:
-        """Where everything lies, if it lies in a row with room for `tokens` more."""
-        if (
-            not self.store.has_room(tokens, batch=self.store.batch)
-            or self._memory.guard is not None
-        ):
+    def place(self, tokens: int, *, batch: int) -> Place | None:
+        """Where everything lies, if it lies in a row with room for `tokens` more of `batch` sequences."""
+        if not self.store.has_room(tokens, batch=batch) or self._memory.guard is not None:
             return None
         key = self.store.segments[0].key
         if self._placed is None or self._placed[0] != key:

@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 MOST_TOKENS = 16
 MOST_SHAPES = 4
 """Shapes of decode steps recorded per model: batches of beams, speculative tokens."""
+MOST_WAYS = 2
+"""... and of each of them, steps that go through different layers: two contexts may take turns."""
 MOST_SEEN = 64
 CAPTURING = "transformers.utils.output_capturing"
 _OF_MEMORY = (torch.OutOfMemoryError, GpuOutOfMemory, TierError, TransferError)
@@ -47,13 +49,18 @@ AGREE = 8
 @dataclass(slots=True)
 class _Recorded:
     """A recorded step, the tensors that feed it and those that it leaves; `None` stands for the
-    cache, which is not kept: it would outlive the generation that it belongs to."""
+    cache, which is not kept: it would outlive the generation that it belongs to.
+
+    Attributes:
+        read: where it finds keys and their number; kept, as a graph knows addresses only.
+    """
 
     inputs: dict[str, Tensor]
     pieces: list[Piece]
     calls: list[Call]
     kind: type
     output: dict[str, Tensor | None]
+    read: tuple[dict[int, Tensor], Tensor | None]
     checked: bool = False
 
 
@@ -78,7 +85,7 @@ class StepGraphs:
         self._hooks = _hooks_of(self._modules)
         self._recorded_from = _state_of(model)
         self._looked = True
-        self._table: PlaceTable | None = None
+        self._tables: dict[torch.device, PlaceTable] = {}
         self.refused = _why_not(model)
         self.replayed = 0
         functools.update_wrapper(self, model.forward)
@@ -124,17 +131,20 @@ class StepGraphs:
         runner = cache.backing.runner
         if runner is None or type(recipe) is not Causal:
             return {}
-        found = runner.places(ids.shape[1])
+        found = runner.places(ids.shape[1], batch=ids.shape[0])
         if not found:
             return {}
-        if self._table is None or self._table.length.device != ids.device:
-            self._table = PlaceTable(ids.device)
-        self._table.length.fill_(length)
-        return {index: self._table.row(index, place) for index, place in found.items()}
+        table = self._tables.get(ids.device)
+        if table is None:
+            table = self._tables[ids.device] = PlaceTable(ids.device)
+        table.length.fill_(length)
+        return {index: table.row(index, place) for index, place in found.items()}
 
     def _comes_again(self, key: tuple[Any, ...]) -> bool:
         """Whether a step like this one was seen before, and there is room to record it."""
-        if len(self._steps) >= MOST_SHAPES:
+        *shape, _ = key
+        shapes = {tuple(recorded[:-1]) for recorded in self._steps}
+        if tuple(shape) not in shapes and len(shapes) >= MOST_SHAPES:
             return False
         if key in self._seen:
             return True
@@ -208,7 +218,8 @@ class StepGraphs:
     ) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             inputs = {name: value.clone() for name, value in given.items()}
-        before = None if self._table is None else self._table.length
+        table = self._tables.get(inputs["input_ids"].device)
+        before = None if table is None else table.length
         step = Step(recipe, length, self._recorder(), places, before)
         # In this order: a recording that failed is ended on the stream that it was begun on.
         with _side_stream(inputs["input_ids"].device), activated(step):
@@ -216,9 +227,19 @@ class StepGraphs:
             output = self._forward(**{**kwargs, **inputs, "attention_mask": None})
             step.finish()
         cache = cache_given(kwargs)
-        recorded = _Recorded(inputs, step.pieces, step.calls, type(output), _tensors(output))
+        recorded = _Recorded(
+            inputs, step.pieces, step.calls, type(output), _tensors(output), (places, before)
+        )
+        self._make_room(key)
         self._steps[key] = recorded
         return _fresh(recorded, cache)
+
+    def _make_room(self, key: tuple[Any, ...]) -> None:
+        """Of a shape's steps through other layers the oldest goes: kernels have been compiled since, a
+        context has outgrown its memory, heads have left the device."""
+        others = [recorded for recorded in self._steps if recorded[:-1] == key[:-1]]
+        if len(others) >= MOST_WAYS:
+            del self._steps[others[0]]
 
     def _check(
         self,
@@ -261,15 +282,16 @@ class StepGraphs:
     ) -> Any:
         _load(recorded.inputs, given)
         pieces, tokens = iter(recorded.pieces), given["input_ids"].shape[1]
+        inside: list[Any] = []
         for call in recorded.calls:
             layer = cache.layers[call.index]
             if call.inside:
-                layer.extend(tokens)
+                inside.append(layer)
                 continue
-            next(pieces).replay()
+            _replay_piece(next(pieces), inside, tokens)
             layer.store(call.keys, call.values)
             call.out.copy_(layer.attend(layer.length, replace(call.query, recipe=recipe)))
-        next(pieces).replay()
+        _replay_piece(next(pieces), inside, tokens)
         self.replayed += 1
         return _fresh(recorded, cache)
 
@@ -283,6 +305,14 @@ class StepGraphs:
         for layer in cache.head_layers:
             if layer.length > length:
                 layer.crop(length - layer.length)
+
+
+def _replay_piece(piece: Piece, inside: list[Any], tokens: int) -> None:
+    """The layers that it goes through, `inside`, hold the new tokens from then on; the list is empty then."""
+    piece.replay()
+    for layer in inside:
+        layer.extend(tokens)
+    inside.clear()
 
 
 def _others(kwargs: dict[str, Any]) -> dict[str, Any]:

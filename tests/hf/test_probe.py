@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from headinfer.attention import native
 from headinfer.errors import BudgetTooSmall, InputError
-from headinfer.hf import probe
+from headinfer.hf import layer_probe, memory_probe, probe
 from headinfer.hf.forecast import contexts_up_to, forecast
 from headinfer.hf.probe import rates_for
 from headinfer.hf.remembered import known_rates
@@ -119,7 +119,7 @@ def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) 
 def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "CHUNKS", 4)
     with torch.no_grad():
-        resident, streamed = probe._chunk_layers(CPU, torch.float32)
+        resident, streamed = layer_probe.chunk_layers(CPU, torch.float32)
     assert 0 < resident < 10
     assert 0 < streamed < 10
 
@@ -128,8 +128,8 @@ def test_packed_keys_are_attended_as_plain_ones_are(monkeypatch: pytest.MonkeyPa
     if native.why_absent() is not None:
         pytest.skip(str(native.why_absent()))
     (plain, size), (packed, packed_size) = (
-        probe._one_token(CPU, torch.bfloat16, 2**23),
-        probe._one_packed_token(2**23),
+        memory_probe.one_token(CPU, torch.bfloat16, 2**23),
+        memory_probe.one_packed_token(2**23),
     )
     assert plain().out.shape == packed().out.shape == (1, 16, 1, 128)
     assert 0.7 < packed_size / size < 1
@@ -163,7 +163,7 @@ def test_what_is_timed_beside_copies_counts_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(probe, "COPIED", 1000)
-    beside = probe._Beside(CPU, 1000 / 0.01)
+    beside = memory_probe.Beside(CPU, 1000 / 0.01)
     beside._here = torch.zeros(2, 1000, dtype=torch.uint8)  # nothing is page-locked on a CPU
     rate, link = beside.rate(lambda: time.sleep(0.1), 10**6)
     assert 5e6 < rate <= 10.01e6

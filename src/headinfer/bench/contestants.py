@@ -24,7 +24,7 @@ from headinfer.bench import baseline
 from headinfer.bench.cases import PACKING
 from headinfer.bench.grid import GRID, options_of
 from headinfer.bench.shapes import Shape
-from headinfer.hf.probe import empty_host_cache
+from headinfer.hf.memory_probe import empty_host_cache
 from headinfer.hf.simulate import FILL_TOKENS, simulate_context
 from headinfer.plan import Plan
 from headinfer.rates import Rates

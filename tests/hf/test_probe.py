@@ -117,7 +117,7 @@ def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) 
 
 
 def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "CHUNKS", 4)
+    monkeypatch.setattr(layer_probe, "CHUNKS", 4)
     with torch.no_grad():
         resident, streamed = layer_probe.chunk_layers(CPU, torch.float32)
     assert 0 < resident < 10
@@ -162,7 +162,7 @@ def test_what_is_timed_beside_copies_counts_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(probe, "COPIED", 1000)
+    monkeypatch.setattr(memory_probe, "COPIED", 1000)
     beside = memory_probe.Beside(CPU, 1000 / 0.01)
     beside._here = torch.zeros(2, 1000, dtype=torch.uint8)  # nothing is page-locked on a CPU
     rate, link = beside.rate(lambda: time.sleep(0.1), 10**6)

@@ -22,24 +22,26 @@ from headinfer.rates import BLOCK_ROWS
 NO_ATTENTION = "headinfer-probe"
 TINY_DIM, PER_KV = 128, 4
 """Of the layers that are timed: head dim, and query heads for each KV head, as most models have them."""
+SMALL_PARAMS = 512 * (3 * 1536 + 2 * 512 + 2 * 128)
+"""Of a layer as wide as those of models of 100 million parameters."""
 LARGE_PARAMS = 4096 * (3 * 14336 + 2 * 4096 + 2 * 1024)
 """Of a layer as wide as those of models of 8 billion parameters."""
 CHUNK_HEADS, CHUNKS = 8, 8
 
 
-def per_layer(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a layer with next to nothing to compute, and of a token beside its layers."""
-    seconds = dict.fromkeys((2, 10), float("inf"))
-    for depth in (
-        2,
-        10,
-        2,
-        10,
-    ):  # turn by turn: others take the CPU for a while, and not for one alone
-        took = _decode_s(device, dtype, _llama(64, 128, depth, 16))
+def per_layer(
+    device: torch.device, dtype: torch.dtype, weight_bytes_s: float
+) -> tuple[float, float]:
+    """Seconds of a layer beside reading its weights at that rate, and of a token beside its layers. The
+    layers are of a small model: what passes through caches from one to the next makes the rest slower."""
+    less, more = 2, 8
+    seconds = dict.fromkeys((less, more), float("inf"))
+    for depth in (less, more, less, more):  # others take the CPU for a while, and not for one alone
+        took = _decode_s(device, dtype, _llama(512, 1536, depth, 64))
         seconds[depth] = min(seconds[depth], took)
-    layer = max((seconds[10] - seconds[2]) / 8, 1e-6)
-    return layer, max(seconds[2] - 2 * layer, 0.0)
+    whole = (seconds[more] - seconds[less]) / (more - less)
+    layer = max(whole - SMALL_PARAMS * dtype.itemsize / weight_bytes_s, 0.2 * whole, 1e-6)
+    return layer, max(seconds[less] - less * whole, 0.0)
 
 
 def per_recorded_layer(

@@ -51,8 +51,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         if gpu:
             layer_s, token_s, weight_bytes_s = layer_probe.per_recorded_layer(clock, device, dtype)
         else:
-            layer_s, token_s = layer_probe.per_layer(device, dtype)
             weight_bytes_s = layer_probe.weight_rate(clock, device, dtype)
+            layer_s, token_s = layer_probe.per_layer(device, dtype, weight_bytes_s)
         block_flops = layer_probe.block_flops(clock, device, dtype)
         attention = {dim: memory_probe.prompt_attention(clock, device, dtype, dim) for dim in DIMS}
         resident = memory_probe.token_attention(clock, device, dtype, GIB if gpu else 128 * MIB)

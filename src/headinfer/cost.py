@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from headinfer import enqueueing
 from headinfer.budget import GIB
 from headinfer.decision import Plan
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
@@ -30,10 +31,6 @@ come up, the last tile is attended. Fitted to tokens of an H200; an assumption e
 LASTING = 0.94
 """What attention of a prompt reaches of the rate measured, as it goes on for minutes and its chunks have a
 triangle each: so on H200s. An assumption."""
-STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
-"""What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
-packed: as the hosts of H200s did while their CPUs attended. Without that it is less, and the link decides. An
-assumption elsewhere."""
 NEAR_PACKED = 0.9
 """Bytes per second that the CPU attends of packed blocks, of its rate over plain ones where the link
 reads the same memory: as H200s' hosts did. Where it was not measured."""
@@ -143,7 +140,7 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
         * geometry.itemsize
         / rates.weight_bytes_s,
     }
-    host_s = _chunk_host_s(plan, rates)
+    host_s = enqueueing.chunk_s(plan, rates, past=past, new=new)
     parts = {**compute, "launching": host_s}
     disk = _disk_paths(plan, rates, past)
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another, while threads read a disk
@@ -173,7 +170,8 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
         near_s = NEAR_WAIT_S  # one layer asks for one head, or nobody would know if it paid
     parts["near-data attention"] = near_s
     parts["streaming"] = (1 - near_share) * moved / link
-    parts["enqueueing tiles"] = _tiles_s(plan, length, near_share) if moved else 0.0
+    streamed = (1 - near_share) * offloaded_bytes(plan, length)
+    parts["enqueueing tiles"] = enqueueing.tiles_s(plan, streamed) if moved else 0.0
     paths = {name: parts[name] for name in ("streaming", "enqueueing tiles")}
     paths["chain"] = chain + near_s
     disk = _disk_paths(plan, rates, length)
@@ -198,7 +196,7 @@ def _token_parts(plan: Plan, rates: Rates, length: int) -> tuple[dict[str, float
         / rates.block_flops,
         # Of heads that stream as well, once they are there; what the CPU attends instead is a few percent.
         "attention": geometry.kv_bytes(length, batch=batch) / rates.resident_bytes_s,
-        "launching": _host_s(plan, rates),
+        "launching": enqueueing.step_s(plan, rates),
     }
     elsewhere = plan.staging and not plan.host_computes
     return parts, moved_bytes(plan, length) if elsewhere else 0
@@ -246,22 +244,7 @@ def _packing_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
 
 def _near_waits_s(plan: Plan) -> float:
     """Seconds that layers with offloaded heads wait for the CPU, in all."""
-    return NEAR_WAIT_S * _streamed_layers(plan)
-
-
-def _tiles_s(plan: Plan, length: int, near_share: float) -> float:
-    """Seconds that enqueueing the layers of a token takes that have heads elsewhere."""
-    layers = _streamed_layers(plan)
-    # The last tile of a layer is half full, as tiles go.
-    tiles = (1 - near_share) * offloaded_bytes(plan, length) / plan.slot_bytes + layers / 2
-    each = PACKED_TILE_S if packs(plan.geometry, plan.kv_format) else TILE_S
-    return layers * STREAMED_LAYER_S + tiles * each
-
-
-def _streamed_layers(plan: Plan) -> int:
-    """Layers of which heads are offloaded."""
-    layers = zip(plan.geometry.layers, plan.resident_heads, strict=True)
-    return sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
+    return NEAR_WAIT_S * enqueueing.streamed_layers(plan)
 
 
 def block_params(geometry: Geometry) -> int:
@@ -354,19 +337,6 @@ def _disk_paths(plan: Plan, rates: Rates, tokens: int) -> dict[str, float]:
 def moved_bytes(plan: Plan, tokens: int) -> int:
     """Bytes of offloaded heads as they are stored, over `tokens` tokens: what crosses a link."""
     return int(offloaded_bytes(plan, tokens) * ratio_of(plan.geometry, plan.kv_format))
-
-
-def _chunk_host_s(plan: Plan, rates: Rates) -> float:
-    """Seconds that enqueueing a chunk takes, layer by layer."""
-    if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
-        return _host_s(plan, rates)
-    streamed = _streamed_layers(plan) if plan.staging else 0
-    others = len(plan.geometry.layers) - streamed
-    return others * rates.chunk_layer_s + streamed * rates.streamed_layer_s + rates.token_s
-
-
-def _host_s(plan: Plan, rates: Rates) -> float:
-    return len(plan.geometry.layers) * rates.layer_s + rates.token_s
 
 
 def _one_by_one(parts: dict[str, float]) -> StepTime:

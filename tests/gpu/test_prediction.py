@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,15 @@ CUDA = torch.device("cuda")
 def test_the_probe_takes_seconds_and_leaves_nothing_out() -> None:
     first = measure(CUDA, torch.bfloat16)  # kernels are compiled that later processes find
     rates = measure(CUDA, torch.bfloat16)
-    assert min(first.seconds, rates.seconds) < 10
+    # Beside other tests it waits for processors and the GPU as they do: 12 s among 15 of them, 7 alone.
+    others = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - 1
+    assert min(first.seconds, rates.seconds) < (30 if others else 10)
     found = rates.as_dict()
     assert not [name for name, value in found.items() if value is None and "disk" not in name]
     assert found["h2d_beside_bytes_s"] <= 1.2 * found["h2d_bytes_s"]
     assert 0 < found["layer_s"] < found["chunk_layer_s"] < 0.1
     assert 0 < found["streamed_layer_s"] < 0.1
+    assert 1e-5 < found["call_s"] < 2e-3
     for rate in (rates.h2d_bytes_s, rates.d2h_bytes_s, rates.near_bytes_s, rates.pageable_bytes_s):
         assert rate is not None
         assert 1e8 < rate < 1e12

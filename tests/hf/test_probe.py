@@ -14,11 +14,13 @@ import torch
 from transformers import LlamaConfig
 
 from headinfer.attention import native
+from headinfer.enqueueing import PROBED_TILES
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.hf import layer_probe, memory_probe, probe
 from headinfer.hf.forecast import contexts_up_to, forecast
 from headinfer.hf.probe import rates_for
 from headinfer.hf.remembered import known_rates
+from headinfer.layout import HeadGroup, tiles
 from headinfer.rates import Rates
 
 CPU = torch.device("cpu")
@@ -119,9 +121,22 @@ def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) 
 def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_probe, "CHUNKS", 4)
     with torch.no_grad():
-        resident, streamed = layer_probe.chunk_layers(CPU, torch.float32)
-    assert 0 < resident < 10
-    assert 0 < streamed < 10
+        found = layer_probe.chunk_layers(CPU, torch.float32)
+    assert all(0 < seconds < 10 for seconds in found)
+
+
+@pytest.mark.parametrize("before", [4, 5, 6, 7])
+def test_calls_are_timed_in_layers_whose_tiles_have_a_head_each(before: int) -> None:
+    """In the chunks that count, after that many: eight tiles, where the layers beside have one."""
+    token_bytes = 2 * layer_probe.TILE_DIM * 2
+    heads = HeadGroup(0, layer_probe.CHUNK_HEADS)
+    small, usual = layer_probe.TILE_TOKENS * token_bytes, 64 * 2**20
+    apart, together = (
+        list(tiles(0, heads, before * 256, slot_bytes=size, token_bytes=token_bytes))
+        for size in (small, usual)
+    )
+    assert len(apart) == layer_probe.CHUNK_HEADS
+    assert len(together) == PROBED_TILES
 
 
 def test_packed_keys_are_attended_as_plain_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 
 from headinfer.attention.compiling import finish_compiling, nothing_ahead
 from headinfer.attention.placed import Kind, ready
+from headinfer.enqueueing import PROBED_CALLS, PROBED_TILES, TILE_CALLS
 from headinfer.hf.attach import attach
 from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.probe_clock import Clock
@@ -27,6 +28,8 @@ SMALL_PARAMS = 512 * (3 * 1536 + 2 * 512 + 2 * 128)
 LARGE_PARAMS = 4096 * (3 * 14336 + 2 * 4096 + 2 * 1024)
 """Of a layer as wide as those of models of 8 billion parameters."""
 CHUNK_HEADS, CHUNKS = 8, 8
+TILE_DIM, TILE_TOKENS = 64, (CHUNKS - 1) * 256
+"""Head dim of those layers, and tokens before their last chunk."""
 
 
 def per_layer(
@@ -114,18 +117,32 @@ def _decode_s(device: torch.device, dtype: torch.dtype, config: LlamaConfig) -> 
     return steps[len(steps) // 4]  # a step that nobody disturbs, not the luckiest one
 
 
-def chunk_layers(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a layer of a prompt's chunk with next to nothing to compute: resident, and streamed."""
-    found = []
+class ChunkLayers(NamedTuple):
+    """Seconds of a layer of a prompt's chunk with next to nothing to compute, its heads resident or
+    streamed, and of each call of attention that comes on top."""
+
+    resident_s: float
+    streamed_s: float
+    call_s: float
+
+
+def chunk_layers(device: torch.device, dtype: torch.dtype) -> ChunkLayers:
+    """What the host takes to enqueue a prompt's chunk."""
+    shallow, found = 0.0, []
     for resident in (CHUNK_HEADS, 0):
-        seconds = [_chunk_s(device, dtype, depth, resident) for depth in (2, 10)]
-        found.append(max((seconds[1] - seconds[0]) / 8, 1e-6))
-    return found[0], found[1]
+        shallow, deep = (_chunk_s(device, dtype, depth, resident) for depth in (2, 10))
+        found.append(max((deep - shallow) / 8, 1e-6))
+    # A tile for each head, where all came in one.
+    apart = _chunk_s(device, dtype, 2, 0, tile_bytes=TILE_TOKENS * 2 * TILE_DIM * dtype.itemsize)
+    more = (CHUNK_HEADS - PROBED_TILES) * (PROBED_CALLS + TILE_CALLS)
+    return ChunkLayers(found[0], found[1], max((apart - shallow) / 2 / more, 1e-6))
 
 
-def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int) -> float:
+def _chunk_s(
+    device: torch.device, dtype: torch.dtype, depth: int, resident: int, **more: Any
+) -> float:
     config = LlamaConfig(
-        hidden_size=CHUNK_HEADS * 64,
+        hidden_size=CHUNK_HEADS * TILE_DIM,
         intermediate_size=128,
         num_hidden_layers=depth,
         num_attention_heads=CHUNK_HEADS,
@@ -140,6 +157,7 @@ def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int
         "near_data": 0.0,
         "staging": True,
         "kv_format": "exact",
+        **more,
     }
     with nothing_ahead(), attach(model, expected_tokens=CHUNKS * 256 + 1, **how) as run:
         cache = run.new_cache()

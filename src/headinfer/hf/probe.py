@@ -61,9 +61,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
             (None, None, None) if copies[0] is None else memory_probe.near(device, dtype, copies[0])
         )
         pin = memory_probe.pinning() if gpu else None
-        chunk_layers: tuple[float, float] | tuple[None, None] = (None, None)
-        if gpu:
-            chunk_layers = layer_probe.chunk_layers(device, dtype)
+        chunks = layer_probe.chunk_layers(device, dtype) if gpu else None
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
@@ -78,8 +76,9 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         resident_bytes_s=resident,
         layer_s=layer_s,
         token_s=token_s,
-        chunk_layer_s=chunk_layers[0],
-        streamed_layer_s=chunk_layers[1],
+        chunk_layer_s=None if chunks is None else chunks.resident_s,
+        streamed_layer_s=None if chunks is None else chunks.streamed_s,
+        call_s=None if chunks is None else chunks.call_s,
         h2d_bytes_s=copies[0],
         d2h_bytes_s=copies[1],
         near_bytes_s=near[0],

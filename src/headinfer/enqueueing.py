@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the host takes to enqueue a step: Python and launches, layer by layer, tile by tile.
+
+A GPU that is quick, chunks that are short and a host that is slow make that the path that decides.
+"""
+
+from __future__ import annotations
+
+import math
+
+from headinfer.decision import Plan
+from headinfer.geometry import LayerGeometry, LayerKind
+from headinfer.layout import span_tokens
+from headinfer.packing import packs
+from headinfer.rates import Rates
+
+STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
+"""What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
+packed: as the hosts of H200s did while their CPUs attended. Without that it is less, and the link decides. An
+assumption elsewhere."""
+TILE_CALLS = 1.5
+"""What a tile of a chunk takes beside the calls that attend it, in calls. An assumption."""
+PROBED_CALLS, PROBED_TILES = 3, 1
+"""In the streamed layers whose time is in `Rates`."""
+CALL = 1 / 8
+"""A call, of a layer whose heads are resident, where it was not measured."""
+FILLING_ROWS = 15_000
+"""Query rows of a KV head with which an H100 attends head by head (`headinfer.attention.few_shapes`); other
+devices have about as many multiprocessors where this path matters."""
+
+
+def step_s(plan: Plan, rates: Rates) -> float:
+    """Seconds of a token with all heads resident."""
+    return len(plan.geometry.layers) * rates.layer_s + rates.token_s
+
+
+def tiles_s(plan: Plan, nbytes: float) -> float:
+    """Seconds that the layers of a token take that have heads elsewhere, of which `nbytes` stream."""
+    layers = streamed_layers(plan)
+    # The last tile of a layer is half full, as tiles go.
+    tiles = nbytes / plan.slot_bytes + layers / 2
+    each = PACKED_TILE_S if packs(plan.geometry, plan.kv_format) else TILE_S
+    return layers * STREAMED_LAYER_S + tiles * each
+
+
+def chunk_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
+    """Seconds of a chunk of `new` tokens after `past`."""
+    if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
+        return step_s(plan, rates)
+    call_s = CALL * rates.chunk_layer_s if rates.call_s is None else rates.call_s
+    seconds = rates.token_s
+    for layer, resident in zip(plan.geometry.layers, plan.resident_heads, strict=True):
+        heads = layer.num_kv_heads - resident
+        if not plan.staging or layer.kind is not LayerKind.FULL or heads <= 0:
+            seconds += rates.chunk_layer_s
+            continue
+        tiles, calls = _tiles_and_calls(plan, layer, heads, past, new)
+        more = calls - PROBED_CALLS + TILE_CALLS * (tiles - PROBED_TILES)
+        seconds += rates.streamed_layer_s + max(more, 0.0) * call_s
+    return seconds
+
+
+def streamed_layers(plan: Plan) -> int:
+    """Layers of which heads are offloaded."""
+    layers = zip(plan.geometry.layers, plan.resident_heads, strict=True)
+    return sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
+
+
+def _tiles_and_calls(
+    plan: Plan, layer: LayerGeometry, heads: int, past: int, new: int
+) -> tuple[int, float]:
+    """Tiles in which `heads` of a layer stream, as `headinfer.layout.tiles` cuts them, and calls that
+    attend them: a square of the chunk with itself, and spans of a power of two chunks before it."""
+    token_bytes = plan.batch * layer.head_bytes(1, plan.geometry.itemsize)
+    longest = span_tokens(plan.slot_bytes, token_bytes)
+    if past <= longest:
+        together = min(plan.slot_bytes // (token_bytes * max(past, 1)), heads)
+        groups = -(-heads // max(together, 1))
+        tiles = groups if past else 0
+    else:
+        tiles, groups = heads * -(-past // longest), heads
+    if layer.num_query_heads // layer.num_kv_heads * new >= FILLING_ROWS:
+        groups = heads
+    # Of the digits after the first every other one is 1.
+    spans = 1 + math.log2(max(min(past, longest) // new, 1)) / 2 if past else 0.0
+    return tiles, groups + max(tiles, groups) * spans

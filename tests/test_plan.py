@@ -273,7 +273,6 @@ rates_found = st.builds(
     h2d_beside_bytes_s=st.one_of(st.none(), st.floats(3e9, 60e9)),
     chunk_layer_s=st.one_of(st.none(), st.floats(1e-4, 1e-2)),
     streamed_layer_s=st.one_of(st.none(), st.floats(1e-4, 1e-2)),
-    call_s=st.one_of(st.none(), st.floats(1e-5, 1e-3)),
     pin_s_per_gib=st.one_of(st.none(), st.floats(0.05, 0.7)),
 )
 

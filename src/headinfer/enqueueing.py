@@ -18,12 +18,13 @@ STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
 """What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
 packed: as the hosts of H200s did while their CPUs attended. Without that it is less, and the link decides. An
 assumption elsewhere."""
-TILE_CALLS = 1.5
-"""What a tile of a chunk takes beside the calls that attend it, in calls. An assumption."""
+CALL, TILE_CALLS = 1 / 10, 1.5
+"""What a call of an attention kernel in a chunk takes, slices and merges with it, of a layer, on average over
+those whose heads are resident and those whose heads stream; and what a tile takes beside the calls that attend
+it, in calls. As H200s' hosts did, 0.2 to 0.3 ms a call; their speed changes by half from one second to the
+next, and a call timed by itself came out at anything up to that. Assumptions elsewhere."""
 PROBED_CALLS, PROBED_TILES = 3, 1
 """In the streamed layers whose time is in `Rates`."""
-CALL = 1 / 8
-"""A call, of a layer whose heads are resident, where it was not measured."""
 FILLING_ROWS = 15_000
 """Query rows of a KV head with which an H100 attends head by head (`headinfer.attention.few_shapes`); other
 devices have about as many multiprocessors where this path matters."""
@@ -47,7 +48,7 @@ def chunk_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
     """Seconds of a chunk of `new` tokens after `past`."""
     if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
         return step_s(plan, rates)
-    call_s = CALL * rates.chunk_layer_s if rates.call_s is None else rates.call_s
+    call_s = CALL * (rates.chunk_layer_s + rates.streamed_layer_s) / 2
     seconds = rates.token_s
     for layer, resident in zip(plan.geometry.layers, plan.resident_heads, strict=True):
         heads = layer.num_kv_heads - resident

@@ -23,7 +23,7 @@ BANDWIDTH = 0.8
 NEAR_BYTES_S = 40e9
 """A desktop processor with two memory channels."""
 LAYER_S, TOKEN_S = 0.15e-3, 2e-3
-CHUNK_LAYER_S, STREAMED_LAYER_S, CALL_S = 1.6e-3, 2.7e-3, 0.2e-3
+CHUNK_LAYER_S, STREAMED_LAYER_S = 1.6e-3, 2.7e-3
 """What a layer of a token and of a prompt's chunk takes beside its arithmetic: as on an H200."""
 
 
@@ -63,7 +63,6 @@ class Machine:
             token_s=TOKEN_S,
             chunk_layer_s=CHUNK_LAYER_S,
             streamed_layer_s=STREAMED_LAYER_S,
-            call_s=CALL_S,
             h2d_bytes_s=self.bus_gb_s * 1e9 * BANDWIDTH,
             d2h_bytes_s=self.bus_gb_s * 1e9 * BANDWIDTH,
             near_bytes_s=NEAR_BYTES_S,

@@ -37,7 +37,6 @@ LOWER_IS_BETTER = (
     "token_s",
     "chunk_layer_s",
     "streamed_layer_s",
-    "call_s",
     "pin_s_per_gib",
 )
 
@@ -60,8 +59,6 @@ class Rates:
         chunk_layer_s, streamed_layer_s: seconds of a layer of a prompt's chunk that has next to nothing to
             compute, its heads resident or streamed; None on a CPU. More than `layer_s`, as a chunk is
             enqueued by the model's own code, and steps of a decode are recorded.
-        call_s: seconds that each further call of an attention kernel adds to such a layer, with what goes
-            with it: slices, merges; None on a CPU.
         h2d_bytes_s: host to device from page-locked memory; None on a CPU.
         d2h_bytes_s: device to host; None on a CPU.
         near_bytes_s: keys and values attended per second by the CPU while copies run; None on a
@@ -89,7 +86,6 @@ class Rates:
     token_s: float
     chunk_layer_s: float | None = None
     streamed_layer_s: float | None = None
-    call_s: float | None = None
     h2d_bytes_s: float | None = None
     d2h_bytes_s: float | None = None
     near_bytes_s: float | None = None
@@ -195,8 +191,6 @@ class Rates:
                 f"  of a prompt's chunk a resident layer takes at least {self.chunk_layer_s * 1e3:.2f} ms, a "
                 f"streamed one {self.streamed_layer_s * 1e3:.2f} ms"
             )
-        if self.call_s is not None:
-            lines.append(f"  and a call of attention more {self.call_s * 1e3:.2f} ms")
         if self.h2d_bytes_s is not None:
             pin = "-" if self.pin_s_per_gib is None else f"{self.pin_s_per_gib:.2f} s per GiB"
             lines += [

@@ -30,7 +30,6 @@ def test_the_probe_takes_seconds_and_leaves_nothing_out() -> None:
     assert found["h2d_beside_bytes_s"] <= 1.2 * found["h2d_bytes_s"]
     assert 0 < found["layer_s"] < found["chunk_layer_s"] < 0.1
     assert 0 < found["streamed_layer_s"] < 0.1
-    assert 1e-5 < found["call_s"] < 2e-3
     for rate in (rates.h2d_bytes_s, rates.d2h_bytes_s, rates.near_bytes_s, rates.pageable_bytes_s):
         assert rate is not None
         assert 1e8 < rate < 1e12

@@ -13,10 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from headinfer import totals
 from headinfer.attention import native
-from headinfer.attention.api import attend
-from headinfer.enqueueing import PROBED_TILES
+from headinfer.attention.few_shapes import key_spans
+from headinfer.enqueueing import PROBED_CALLS, PROBED_TILES
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.hf import layer_probe, memory_probe, probe
 from headinfer.hf.forecast import contexts_up_to, forecast
@@ -27,20 +26,6 @@ from headinfer.rates import Rates
 
 CPU = torch.device("cpu")
 SOME = Rates("m", "float32", 1e11, {64: 1e11}, 1e10, 1e10, 1e-4, 1e-3)
-
-
-class SdpaTimes:
-    """`attend`, which takes `build_s` longer for shapes it has not `seen`."""
-
-    def __init__(self, seen: set[Any], build_s: float) -> None:
-        self.seen, self.build_s = seen, build_s
-
-    def __call__(self, q: Any, k: Any, v: Any, **more: Any) -> Any:
-        shape = tuple(q.shape), tuple(k.shape), more.get("causal")
-        if shape not in self.seen:
-            self.seen.add(shape)
-            time.sleep(self.build_s)
-        return attend(q, k, v, **more)
 
 
 @pytest.fixture
@@ -141,27 +126,14 @@ def test_a_chunk_is_enqueued_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(0 < seconds < 10 for seconds in found)
 
 
-def test_a_call_takes_the_same_wherever_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An implementation that builds something for every new shape, which takes a while, is not said to take
-    that for every call."""
-    seen: set[Any] = set()
-    monkeypatch.setattr(totals, "attend", SdpaTimes(seen, build_s=0.3))
-    with torch.no_grad():
-        found = layer_probe.chunk_layers(CPU, torch.float32)
-    assert len(seen) > 3
-    assert found.call_s < 0.0025
-
-
-def test_calls_are_timed_in_layers_whose_tiles_have_a_head_each() -> None:
-    """Eight tiles, where the layers beside have one."""
+def test_a_chunk_is_timed_where_a_layer_has_as_many_tiles_and_calls_as_the_model_says() -> None:
     token_bytes = 2 * layer_probe.CHUNK_DIM * 2
     heads, before = HeadGroup(0, layer_probe.CHUNK_HEADS), layer_probe.TOKENS_BEFORE
-    apart, together = (
-        list(tiles(0, heads, before, slot_bytes=size, token_bytes=token_bytes))
-        for size in (before * token_bytes, 64 * 2**20)
-    )
-    assert len(apart) == layer_probe.CHUNK_HEADS
-    assert len(together) == PROBED_TILES
+    cut = list(tiles(0, heads, before, slot_bytes=64 * 2**20, token_bytes=token_bytes))
+    assert len(cut) == PROBED_TILES
+    # Keys as a tile has them in a slot: its heads are as far apart in any of them.
+    keys = torch.empty(1, 8, 2 * before, layer_probe.CHUNK_DIM)[:, :, :before]
+    assert 1 + len(key_spans(keys, layer_probe.CHUNK_TOKENS)) == PROBED_CALLS
 
 
 def test_packed_keys_are_attended_as_plain_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 
 from headinfer.attention.compiling import finish_compiling, nothing_ahead
 from headinfer.attention.placed import Kind, ready
-from headinfer.enqueueing import PROBED_CALLS, PROBED_TILES, TILE_CALLS
 from headinfer.hf.attach import attach
 from headinfer.hf.cache_name import cache_argument
 from headinfer.hf.probe_clock import Clock
@@ -30,7 +29,7 @@ LARGE_PARAMS = 4096 * (3 * 14336 + 2 * 4096 + 2 * 1024)
 STEPS = 24
 """Recorded steps of which the shortest counts."""
 CHUNK_HEADS, CHUNK_DIM, CHUNK_TOKENS, TOKENS_BEFORE = 8, 64, 256, 1536
-CHUNKS = 5
+CHUNKS = 9
 """Of those that are timed, all at the same place: whatever is made for a shape is there."""
 
 
@@ -122,31 +121,16 @@ def _decode_s(device: torch.device, dtype: torch.dtype, config: LlamaConfig) -> 
     return steps[len(steps) // 4]  # a step that nobody disturbs, not the luckiest one
 
 
-class ChunkLayers(NamedTuple):
-    """Seconds of a layer of a prompt's chunk with next to nothing to compute, its heads resident or
-    streamed, and of each call of attention that comes on top."""
-
-    resident_s: float
-    streamed_s: float
-    call_s: float
-
-
-def chunk_layers(device: torch.device, dtype: torch.dtype) -> ChunkLayers:
-    """What the host takes to enqueue a prompt's chunk."""
-    shallow, found = 0.0, []
+def chunk_layers(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a layer of a prompt's chunk with next to nothing to compute: resident, and streamed."""
+    found = []
     for resident in (CHUNK_HEADS, 0):
         shallow, deep = (_chunk_s(device, dtype, depth, resident) for depth in (2, 10))
         found.append(max((deep - shallow) / 8, 1e-6))
-    # A tile for each head, where all came in one.
-    head_bytes = TOKENS_BEFORE * 2 * CHUNK_DIM * dtype.itemsize
-    apart = _chunk_s(device, dtype, 2, 0, tile_bytes=head_bytes)
-    more = (CHUNK_HEADS - PROBED_TILES) * (PROBED_CALLS + TILE_CALLS)
-    return ChunkLayers(found[0], found[1], max((apart - shallow) / 2 / more, 1e-6))
+    return found[0], found[1]
 
 
-def _chunk_s(
-    device: torch.device, dtype: torch.dtype, depth: int, resident: int, **more: Any
-) -> float:
+def _chunk_s(device: torch.device, dtype: torch.dtype, depth: int, resident: int) -> float:
     config = LlamaConfig(
         hidden_size=CHUNK_HEADS * CHUNK_DIM,
         intermediate_size=128,
@@ -156,14 +140,14 @@ def _chunk_s(
         vocab_size=256,
         max_position_embeddings=4096,
     )
-    model, seconds = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval(), []
+    with torch.device(device):
+        model, seconds = AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), []
     ids = torch.ones((1, TOKENS_BEFORE), dtype=torch.long, device=device)
     how: dict[str, Any] = {
         "resident_heads": resident,
         "near_data": 0.0,
         "staging": True,
         "kv_format": "exact",
-        **more,
     }
     with nothing_ahead(), attach(model, expected_tokens=2 * TOKENS_BEFORE, **how) as run:
         cache = run.new_cache()
@@ -177,7 +161,9 @@ def _chunk_s(
             seconds.append(time.perf_counter() - started)
             cache.crop(TOKENS_BEFORE)
         cache.close()
-    return sorted(seconds[1:])[1]  # the first one compiles, builds plans and makes host memory
+    return sorted(seconds[1:])[
+        CHUNKS // 3
+    ]  # the first one compiles, builds plans, makes host memory
 
 
 class _Steps:

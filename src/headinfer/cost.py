@@ -28,6 +28,9 @@ memory's bandwidth, and neither starts or ends with the other. An assumption."""
 NEAR_WAIT_S = 0.7e-3
 """What a layer waits for the CPU beside what that takes to read: queries go down, threads wake, results
 come up, the last tile is attended. Fitted to tokens of an H200; an assumption elsewhere."""
+UNEVEN = 1.06
+"""What a token takes, of the longer of the CPU's path and the link's where its share has been found by trying:
+heads are whole, layers differ by one, and the link pauses between tiles. As on four H200s; an assumption."""
 LASTING = 0.94
 """What attention of a prompt reaches of the rate measured, as it goes on for minutes and its chunks have a
 triangle each: so on H200s. An assumption."""
@@ -38,7 +41,7 @@ ENCODED, DECODED = 0.06, 0.45
 """Plain bytes per second that a GPU encodes and decodes, of the rate at which it reads weights: as H200s
 did. An assumption elsewhere."""
 ANSWER_TOKENS = 64
-"""Of a request whose prompt is all that is known."""
+"""Of a request of which no more is known than how long it gets."""
 DISK = "disk read rate"
 
 
@@ -80,10 +83,12 @@ def predict(plan: Plan, rates: Rates, *, prompt_tokens: int) -> Prediction:
     return Prediction(prefill, decode.seconds, longest, decode.limit)
 
 
-def request_s(plan: Plan, rates: Rates, *, prompt_tokens: int) -> float:
-    """Seconds of a whole request: the prompt, and an answer of `ANSWER_TOKENS`."""
+def request_s(
+    plan: Plan, rates: Rates, *, prompt_tokens: int, new_tokens: int = ANSWER_TOKENS
+) -> float:
+    """Seconds of a whole request: the prompt, and the tokens that come after it."""
     found = predict(plan, rates, prompt_tokens=prompt_tokens)
-    return found.prefill_s + ANSWER_TOKENS * found.decode_s
+    return found.prefill_s + new_tokens * found.decode_s
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[tuple[float, int, int]]:
@@ -174,6 +179,9 @@ def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     parts["enqueueing tiles"] = enqueueing.tiles_s(plan, streamed) if moved else 0.0
     paths = {name: parts[name] for name in ("streaming", "enqueueing tiles")}
     paths["chain"] = chain + near_s
+    if near_share and plan.near_adapts:
+        for name in ("chain", "streaming"):
+            paths[name] *= UNEVEN
     disk = _disk_paths(plan, rates, length)
     paths, parts = paths | disk, parts | disk
     found = _slowest(paths, parts)
@@ -196,7 +204,7 @@ def _token_parts(plan: Plan, rates: Rates, length: int) -> tuple[dict[str, float
         / rates.block_flops,
         # Of heads that stream as well, once they are there; what the CPU attends instead is a few percent.
         "attention": geometry.kv_bytes(length, batch=batch) / rates.resident_bytes_s,
-        "launching": enqueueing.step_s(plan, rates),
+        "launching": enqueueing.token_s(plan, rates),
     }
     elsewhere = plan.staging and not plan.host_computes
     return parts, moved_bytes(plan, length) if elsewhere else 0
@@ -224,7 +232,8 @@ def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> f
     with_cpu = chain_s + _near_waits_s(plan)
     share = min(max((by_link - with_cpu) / (by_link + by_cpu), 0.0), 1.0)
     alone = max(chain_s, offloaded / (rates.h2d_bytes_s or rates.shared_h2d_bytes_s))
-    return share if max(with_cpu + share * by_cpu, (1 - share) * by_link) < alone else 0.0
+    shared = UNEVEN * max(with_cpu + share * by_cpu, (1 - share) * by_link)
+    return share if shared < alone else 0.0
 
 
 def _near_rate(plan: Plan, rates: Rates) -> float:

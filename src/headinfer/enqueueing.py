@@ -14,6 +14,10 @@ from headinfer.layout import span_tokens
 from headinfer.packing import packs
 from headinfer.rates import Rates
 
+CUT_S = 1.2e-3
+"""What a token takes longer where its step is not recorded as a whole: layers with heads elsewhere are enqueued
+between two recordings, and what comes after the last of them when the GPU has nothing else to do. As on H200s,
+with one such layer or half of all; an assumption elsewhere."""
 STREAMED_LAYER_S, TILE_S, PACKED_TILE_S = 0.75e-3, 0.4e-3, 0.7e-3
 """What enqueueing a token takes the host for a layer with offloaded heads, and for each of its tiles, plain or
 packed: as the hosts of H200s did while their CPUs attended. Without that it is less, and the link decides. An
@@ -30,9 +34,10 @@ FILLING_ROWS = 15_000
 devices have about as many multiprocessors where this path matters."""
 
 
-def step_s(plan: Plan, rates: Rates) -> float:
-    """Seconds of a token with all heads resident."""
-    return len(plan.geometry.layers) * rates.layer_s + rates.token_s
+def token_s(plan: Plan, rates: Rates) -> float:
+    """Seconds of a token beside reading weights and keys, and waiting for what lies elsewhere."""
+    cut = plan.staging and not plan.host_computes and streamed_layers(plan)
+    return _steps_s(plan, rates) + (CUT_S if cut else 0.0)
 
 
 def tiles_s(plan: Plan, nbytes: float) -> float:
@@ -47,7 +52,7 @@ def tiles_s(plan: Plan, nbytes: float) -> float:
 def chunk_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
     """Seconds of a chunk of `new` tokens after `past`."""
     if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
-        return step_s(plan, rates)
+        return _steps_s(plan, rates)
     call_s = CALL * (rates.chunk_layer_s + rates.streamed_layer_s) / 2
     seconds = rates.token_s
     for layer, resident in zip(plan.geometry.layers, plan.resident_heads, strict=True):
@@ -65,6 +70,10 @@ def streamed_layers(plan: Plan) -> int:
     """Layers of which heads are offloaded."""
     layers = zip(plan.geometry.layers, plan.resident_heads, strict=True)
     return sum(x.kind is LayerKind.FULL and x.num_kv_heads > resident for x, resident in layers)
+
+
+def _steps_s(plan: Plan, rates: Rates) -> float:
+    return len(plan.geometry.layers) * rates.layer_s + rates.token_s
 
 
 def _tiles_and_calls(

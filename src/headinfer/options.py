@@ -24,6 +24,8 @@ class Options:
             the same bits in three quarters of the bytes. None: chosen.
         expected_tokens: prompt plus new tokens, if known: memory is then exact and heads can be
             kept resident.
+        new_tokens: of these, those that come after the prompt, one by one; where the plan weighs their time
+            against the prompt's, as many as are likely count. None: not known.
         on_unsupported: "error", or "materialize" to hand whole layers to model code that does
             arithmetic on keys and values itself.
         tile_bytes: size of a staging slot.
@@ -44,6 +46,7 @@ class Options:
     chunk_tokens: int | None = None
     kv_format: str | None = None
     expected_tokens: int | None = None
+    new_tokens: int | None = None
     on_unsupported: str = "error"
     tile_bytes: int | None = None
     num_slots: int | None = None
@@ -61,6 +64,7 @@ class Options:
         for name, least in (
             ("chunk_tokens", 1),
             ("expected_tokens", 1),
+            ("new_tokens", 0),
             ("tile_bytes", 1),
             ("num_slots", 1),
             ("resident_heads", 0),
@@ -70,6 +74,11 @@ class Options:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value!r} is not usable; give a whole number >= {least}")
+        if (self.new_tokens or 0) >= (self.expected_tokens or float("inf")):
+            raise InputError(
+                f"new_tokens={self.new_tokens} leave no prompt of expected_tokens={self.expected_tokens}, "
+                "which counts both; give more of these, or fewer of those"
+            )
         if self.disk is None and self.budget.disk_bytes is not None:
             raise InputError(
                 f"disk_memory={self.budget.disk_bytes} was given, but no folder for it; name one with "

@@ -47,6 +47,8 @@ from headinfer.spread import (
 
 GPU_CHUNK_TOKENS = 8192
 CPU_CHUNK_TOKENS = 1024
+LIKELY_TOKENS = 256
+"""Of a longer answer, what counts: its length is a limit as a rule, and models end most of them before."""
 NEAR_SHARE = 0.6
 """Of the offloaded heads, what the CPU attends at first where no rates were measured: an AVX-512 kernel on 16 threads read
 108 GB/s where PCIe 5 brought 53."""
@@ -95,18 +97,23 @@ def _in_a_format(geometry: Geometry, options: Options, device: str, batch: int) 
 def _quicker(exact: Plan, packed: Options, device: str) -> Plan:
     """`exact`, or the plan in the lossless format where that was measured to be attended by the CPU, and
     the request is predicted to end sooner. Both have the same bits."""
-    rates, tokens = packed.rates, packed.expected_tokens
-    if device == "cpu" or rates is None or rates.near_packed_bytes_s is None or not tokens:
+    rates = packed.rates
+    if device == "cpu" or rates is None or rates.near_packed_bytes_s is None:
+        return exact
+    if packed.expected_tokens is None:
         return exact
     try:
         found = _plan(exact.geometry, packed, device, exact.batch)
     except BudgetTooSmall:
         return exact
-    before, after = (request_s(plan, rates, prompt_tokens=tokens) for plan in (exact, found))
+    prompt, new = _request(packed)
+    before, after = (
+        request_s(plan, rates, prompt_tokens=prompt, new_tokens=new) for plan in (exact, found)
+    )
     if after >= before:
         return exact
     why = (
-        f"a prompt of {tokens:,} tokens and {ANSWER_TOKENS} after it take {after:.1f} s by prediction, "
+        f"a prompt of {prompt:,} tokens and {new:,} after it take {after:.1f} s by prediction, "
         f"{before:.1f} s as they are"
     )
     return _with_format_reason(found, why)
@@ -290,10 +297,11 @@ def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
 
     Every plan gets quicker with more memory, and more of them fit: so does the best.
     """
-    rates, tokens = options.rates, options.expected_tokens
-    if len(fitting) == 1 or rates is None or tokens is None:
+    rates = options.rates
+    if len(fitting) == 1 or rates is None or options.expected_tokens is None:
         return fitting[0]
-    seconds = [request_s(plan, rates, prompt_tokens=tokens) for plan in fitting]
+    prompt, new = _request(options)
+    seconds = [request_s(plan, rates, prompt_tokens=prompt, new_tokens=new) for plan in fitting]
     best = min(range(len(fitting)), key=lambda place: seconds[place])
     if best == 0:
         return fitting[0]
@@ -302,9 +310,15 @@ def _quickest(fitting: Sequence[Plan], options: Options) -> Plan:
         f"a chunk of {fitting[0].chunk_tokens:,} tokens would fit, too, but "
         f"{'leave room for fewer heads' if shorter else 'read the disk more often'}: "
         f"{seconds[0]:.1f} s instead of {seconds[best]:.1f} s for the prompt and "
-        f"{ANSWER_TOKENS} tokens"
+        f"{new:,} tokens"
     )
     return replace(fitting[best], reasons=(*fitting[best].reasons, reason))
+
+
+def _request(options: Options) -> tuple[int, int]:
+    """Tokens of the prompt, and of what is likely to come after it."""
+    tokens, new = options.expected_tokens or 1, options.new_tokens
+    return (tokens, ANSWER_TOKENS) if new is None else (tokens - new, min(new, LIKELY_TOKENS))
 
 
 def _with_near_reason(plan: Plan, options: Options) -> Plan:

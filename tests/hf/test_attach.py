@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 import headinfer
 from headinfer.errors import BudgetTooSmall, InputError, TierFull
 from headinfer.hf.cache_name import cache_argument
+from headinfer.plan import make_plan
 from headinfer.progress import ForwardStarted
 
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, dim, float32
@@ -50,6 +51,22 @@ def test_the_length_is_learned_from_generate(model):
         assert run.plan.expected_tokens == 308
         # One extent per layer, of exactly that size.
         assert run.stats.host_bytes == 308 * TOKEN_BYTES
+
+
+def test_plans_know_how_many_tokens_are_generated(model, monkeypatch):
+    """Those of `generate()` and the one that its chunk comes from, in agreement."""
+    seen = []
+
+    def noted(geometry, options, **how):
+        seen.append((options.expected_tokens, options.new_tokens))
+        return make_plan(geometry, options, **how)
+
+    monkeypatch.setattr("headinfer.hf.attach.make_plan", noted)
+    monkeypatch.setattr("headinfer.hf.backing.make_plan", noted)
+    with headinfer.attach(model):
+        generate(model, 300, new=8)
+    assert set(seen) == {(308, 8)}
+    assert len(seen) == 2
 
 
 def test_room_for_new_tokens_is_bounded(model):

@@ -218,6 +218,7 @@ def _run_headwise(
             on_unsupported=job.memory.on_unsupported,
             kv_format=job.memory.kv_format,
             expected_tokens=prompt.tokens + job.max_new_tokens,
+            new_tokens=job.max_new_tokens,
             batch_size=sampling.num_beams,
             observer=bar,
         ) as session,

@@ -164,6 +164,7 @@ def _run(
             on_unsupported=job.memory.on_unsupported,
             kv_format=job.memory.kv_format,
             expected_tokens=framed.tokens + max(new, 1),
+            new_tokens=max(new, 1),
             observer=bar,
         ) as session,
     ):

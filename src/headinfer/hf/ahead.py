@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from headinfer.budget import format_bytes
 from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Weights
-from headinfer.hf.backing import CacheOptions, options_from
+from headinfer.hf.backing import CacheOptions, PlanOptions, options_from
 from headinfer.hf.geometry import geometry_of, resolve_budget
 from headinfer.options import Options
 from headinfer.plan import Plan, make_plan
@@ -29,7 +29,7 @@ def plan_for(
     device: str | None = None,
     weight_bytes: int = 0,
     weights: Weights | None = None,
-    **options: Unpack[CacheOptions],
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """The plan of a run that has not started; loads no weights.
 
@@ -41,13 +41,17 @@ def plan_for(
         device: "cuda" or "cpu"; default: "cuda" when gpu_memory is given or a GPU is there.
         weight_bytes: bytes of the weights on the device; 0 counts the cache alone.
         weights: more about them.
-        options: see `CacheOptions`.
+        options: see `PlanOptions`.
 
     Raises:
         BudgetTooSmall: with the smallest budget that works.
         InputError: an unusable option.
     """
-    rest: CacheOptions = {**options, "expected_tokens": prompt_tokens + new_tokens}
+    rest: CacheOptions = {
+        **options,
+        "expected_tokens": prompt_tokens + new_tokens,
+        "new_tokens": new_tokens or None,
+    }
     device, record = resolved_for(options_from(rest), device, weight_bytes=weight_bytes)
     geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)
     return make_plan(geometry, record, device=device, batch=batch)

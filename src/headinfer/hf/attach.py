@@ -282,22 +282,22 @@ class Session:
         """
         known = self._options.expected_tokens
         if known is None:
-            self._length = prompt, min(most, prompt + max(prompt, SPARE_TOKENS))
+            most = min(most, prompt + max(prompt, SPARE_TOKENS))
+            self._length = prompt, most
         if self._options.chunk_tokens is not None or not self.head_layers:
             return None
         if known is None or batch != self._batch:
-            self._chunk = self._chunk_for(
-                [known] if known else [*reversed(self._length or ())], batch
-            )
+            self._chunk = self._chunk_for(prompt, [known] if known else [most, prompt], batch)
         return self._chunk
 
-    def _chunk_for(self, lengths: list[int], batch: int) -> int | None:
-        """The chunk that is planned for the first of these lengths that fits; None if none does:
-        the cache will say so, with the whole story."""
+    def _chunk_for(self, prompt: int, lengths: list[int], batch: int) -> int | None:
+        """The chunk that is planned for the first of these lengths that fits, of which `prompt` tokens
+        are read at once; None if none does: the cache will say so, with the whole story."""
         options = resolve_budget(self._options, self._device)
         for tokens in lengths:
             try:
-                asked = replace(options, expected_tokens=tokens)
+                new = tokens - prompt if tokens > prompt else None
+                asked = replace(options, expected_tokens=tokens, new_tokens=new)
                 plan = make_plan(self._geometry, asked, device=self._device.type, batch=batch)
             except BudgetTooSmall:
                 continue

@@ -24,8 +24,8 @@ from headinfer.transfer import TransferEngine
 EngineFactory = Callable[[torch.device], TransferEngine]
 
 
-class CacheOptions(TypedDict, total=False):
-    """Keyword arguments of `HeadCache` and `attach`; all optional, the plan chooses the rest.
+class PlanOptions(TypedDict, total=False):
+    """Keyword arguments of plans; all optional, the plan chooses the rest.
 
     Sizes are written "24GiB" or in bytes. See `headinfer.options.Options` for the meaning of each.
     """
@@ -45,6 +45,12 @@ class CacheOptions(TypedDict, total=False):
     near_data: float | None
     attention: str
     poison: bool
+
+
+class CacheOptions(PlanOptions, total=False):
+    """Keyword arguments of `HeadCache` and `attach`, as those of plans."""
+
+    new_tokens: int | None
 
 
 def options_from(given: CacheOptions) -> Options:
@@ -128,10 +134,10 @@ class Backing:
             return make_plan(geometry, options, device=device, batch=batch)
         prompt, most = self.length
         try:
-            likely = replace(options, expected_tokens=most)
+            likely = replace(options, expected_tokens=most, new_tokens=most - prompt)
             return make_plan(geometry, likely, device=device, batch=batch)
         except BudgetTooSmall as whole:  # the prompt may fit even if the longest answer would not
-            least = replace(options, expected_tokens=prompt)
+            least = replace(options, expected_tokens=prompt, new_tokens=None)
             try:
                 plan = make_plan(geometry, least, device=device, batch=batch)
             except BudgetTooSmall:

@@ -19,7 +19,7 @@ from headinfer.cost import Prediction, chunk_cost, predict
 from headinfer.errors import BudgetTooSmall
 from headinfer.geometry import Geometry, Weights
 from headinfer.hf.ahead import resolved_for
-from headinfer.hf.backing import CacheOptions, options_from
+from headinfer.hf.backing import CacheOptions, PlanOptions, options_from
 from headinfer.hf.geometry import geometry_of
 from headinfer.hf.remembered import known_rates, with_disk
 from headinfer.machines import machine_named
@@ -120,7 +120,7 @@ def forecast(
     weights: Weights | None = None,
     gpu: str | None = None,
     ram: str | int | None = None,
-    **options: Unpack[CacheOptions],
+    **options: Unpack[PlanOptions],
 ) -> Forecast:
     """What each length would take.
 
@@ -134,7 +134,7 @@ def forecast(
         weights: more about them.
         gpu: a GPU of `headinfer.machines` to plan for.
         ram: host memory of the machine to plan for.
-        options: see `CacheOptions`.
+        options: see `PlanOptions`.
 
     Raises:
         BudgetTooSmall: none of these contexts fits.
@@ -148,8 +148,12 @@ def forecast(
     notes: tuple[str, ...] = ()
     if ram is not None and options.get("host_memory") is None:
         options["host_memory"], notes = _of_ram(ram, device, weight_bytes)
-    options["expected_tokens"] = tokens[-1] + new_tokens
-    device, asked = resolved_for(options_from(options), device, weight_bytes=weight_bytes)
+    given: CacheOptions = {
+        **options,
+        "expected_tokens": tokens[-1] + new_tokens,
+        "new_tokens": new_tokens or None,
+    }
+    device, asked = resolved_for(options_from(given), device, weight_bytes=weight_bytes)
     asked = replace(asked, budget_reasons=(*asked.budget_reasons, *notes))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     rates = machine.rates() if machine is not None else _known(device, dtype, asked.disk)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headinfer.budget import GIB, MIB, MemoryBudget
-from headinfer.cost import balanced_share, request_s
+from headinfer.cost import balanced_share, chunk_time, decode_time, request_s
 from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
@@ -303,6 +303,37 @@ def test_more_memory_never_predicts_slower(geometry, rates, gpu, host, more, tok
     except BudgetTooSmall:
         assume(False)
     assert seconds(gpu + more[0], host + more[1]) <= less * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rates=rates_found,
+    layers=st.sampled_from([1, 4, 32]),
+    heads=st.sampled_from([1, 4, 8]),
+    tokens=st.sampled_from([4096, 65_536, 262_144]),
+    kv_format=st.sampled_from(["exact", "lossless"]),
+)
+def test_a_head_more_on_the_gpu_never_predicts_slower(rates, layers, heads, tokens, kv_format):
+    """Where the CPU has a share and where it has none, whichever path decides."""
+    layer = LayerGeometry(LayerKind.FULL, heads, 128, 128, 32)
+    geometry = Geometry((layer,) * layers, 2, 4096, 14336, 128256, 15 * GIB, dtype="bfloat16")
+    asked = options(
+        200 * GIB, 600 * GIB, expected_tokens=tokens, chunk_tokens=2048, kv_format=kv_format
+    )
+    plan = make_plan(geometry, replace(asked, rates=rates, resident_heads=0), device="cuda")
+    before = None
+    for resident in range(layers * heads + 1):
+        whole, rest = divmod(resident, heads)
+        residents = (heads,) * whole + (rest,) * (whole < layers)
+        plan = replace(plan, resident_heads=residents + (0,) * (layers - len(residents)))
+        seconds = (
+            decode_time(plan, rates, length=tokens).seconds,
+            chunk_time(plan, rates, past=tokens - 2048, new=2048).seconds,
+        )
+        assert before is None or all(
+            now <= then * (1 + 1e-9) for now, then in zip(seconds, before, strict=True)
+        )
+        before = seconds
 
 
 @settings(max_examples=150, deadline=None)

@@ -163,22 +163,38 @@ def chunk_time(plan: Plan, rates: Rates, *, past: int, new: int) -> StepTime:
 def decode_time(plan: Plan, rates: Rates, *, length: int) -> StepTime:
     """A forward pass over one token after `length`."""
     parts, moved = _token_parts(plan, rates, length)
-    chain = sum(parts.values())
     if rates.h2d_bytes_s is None:  # a CPU does one thing after another
         return _beside(_one_by_one(parts), _disk_paths(plan, rates, length))
-    near_share = share_near(plan, rates, offloaded=moved, chain_s=chain)
-    near_s, link = 0.0, rates.h2d_bytes_s
-    if near_share:
+    shares = [0.0]
+    if rates.near_bytes_s and rates.shared_h2d_bytes_s:
+        if not plan.near_adapts:
+            shares = [plan.near_share]
+        elif moved:
+            shares.append(_both_at_once(plan, rates, offloaded=moved, chain_s=sum(parts.values())))
+    # The share that adapts is the better one: the link, which the CPU slows down, may be quicker alone.
+    return min(
+        (_decode_with(plan, rates, length, parts, moved, share) for share in shares),
+        key=lambda step: step.seconds,
+    )
+
+
+def _decode_with(
+    plan: Plan, rates: Rates, length: int, parts: dict[str, float], moved: int, near_share: float
+) -> StepTime:
+    """A token while the CPU attends that share of the offloaded bytes."""
+    chain, near_s, link = sum(parts.values()), 0.0, rates.h2d_bytes_s or 0.0
+    if near_share and moved:
         near_s = near_share * moved / _near_rate(plan, rates) + _near_waits_s(plan)
         link = rates.shared_h2d_bytes_s or link
     elif moved and plan.near_adapts and rates.near_bytes_s:
         near_s = NEAR_WAIT_S  # one layer asks for one head, or nobody would know if it paid
-    parts["near-data attention"] = near_s
-    parts["streaming"] = (1 - near_share) * moved / link
     streamed = (1 - near_share) * offloaded_bytes(plan, length)
-    parts["enqueueing tiles"] = enqueueing.tiles_s(plan, streamed) if moved else 0.0
-    paths = {name: parts[name] for name in ("streaming", "enqueueing tiles")}
-    paths["chain"] = chain + near_s
+    beside = {
+        "streaming": (1 - near_share) * moved / link,
+        "enqueueing tiles": enqueueing.tiles_s(plan, streamed) if moved else 0.0,
+    }
+    parts = parts | {"near-data attention": near_s} | beside
+    paths = {"chain": chain + near_s, **beside}
     if near_share and plan.near_adapts:
         for name in ("chain", "streaming"):
             paths[name] *= UNEVEN
@@ -211,29 +227,27 @@ def _token_parts(plan: Plan, rates: Rates, length: int) -> tuple[dict[str, float
 
 
 def balanced_share(plan: Plan, rates: Rates, *, length: int) -> float:
-    """The share of offloaded heads with which the CPU ends when the link does, after `length` tokens."""
-    parts, moved = _token_parts(plan, rates, length)
-    return share_near(plan, rates, offloaded=moved, chain_s=sum(parts.values()))
-
-
-def share_near(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> float:
-    """The share of offloaded bytes the CPU attends: given, or where both paths take as long.
-
-    The CPU's path takes chain + waits + share * bytes / near rate, the link's (1 - share) * bytes / link
-    rate; see `headinfer.balance`. None where the link, which the CPU slows down, is quicker alone.
-    """
-    if not rates.near_bytes_s or not rates.shared_h2d_bytes_s:
-        return 0.0
-    if not plan.near_adapts:
+    """The share of offloaded heads with which the CPU ends when the link does, after `length` tokens;
+    0 where a token is predicted to end sooner without it."""
+    if not plan.near_adapts or not rates.near_bytes_s or not rates.shared_h2d_bytes_s:
         return plan.near_share
-    if not offloaded:
+    parts, moved = _token_parts(plan, rates, length)
+    if not moved:
         return 0.0
-    by_link, by_cpu = offloaded / rates.shared_h2d_bytes_s, offloaded / _near_rate(plan, rates)
-    with_cpu = chain_s + _near_waits_s(plan)
-    share = min(max((by_link - with_cpu) / (by_link + by_cpu), 0.0), 1.0)
-    alone = max(chain_s, offloaded / (rates.h2d_bytes_s or rates.shared_h2d_bytes_s))
-    shared = UNEVEN * max(with_cpu + share * by_cpu, (1 - share) * by_link)
+    share = _both_at_once(plan, rates, offloaded=moved, chain_s=sum(parts.values()))
+    shared, alone = (
+        _decode_with(plan, rates, length, parts, moved, near).seconds for near in (share, 0.0)
+    )
     return share if shared < alone else 0.0
+
+
+def _both_at_once(plan: Plan, rates: Rates, *, offloaded: int, chain_s: float) -> float:
+    """The share of offloaded bytes with which the CPU's path takes as long as the link's: chain + waits +
+    share * bytes / near rate, and (1 - share) * bytes / link rate; see `headinfer.balance`."""
+    by_link = offloaded / (rates.shared_h2d_bytes_s or 1.0)
+    by_cpu = offloaded / _near_rate(plan, rates)
+    with_cpu = chain_s + _near_waits_s(plan)
+    return min(max((by_link - with_cpu) / (by_link + by_cpu), 0.0), 1.0)
 
 
 def _near_rate(plan: Plan, rates: Rates) -> float:

@@ -53,7 +53,9 @@ def chunk_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
     """Seconds of a chunk of `new` tokens after `past`."""
     if rates.chunk_layer_s is None or rates.streamed_layer_s is None:
         return _steps_s(plan, rates)
-    call_s = CALL * (rates.chunk_layer_s + rates.streamed_layer_s) / 2
+    # Streaming adds to a layer; where it was measured to take less, the host was just quicker then.
+    streamed_s = max(rates.streamed_layer_s, rates.chunk_layer_s)
+    call_s = CALL * (rates.chunk_layer_s + streamed_s) / 2
     seconds = rates.token_s
     for layer, resident in zip(plan.geometry.layers, plan.resident_heads, strict=True):
         heads = layer.num_kv_heads - resident
@@ -62,7 +64,7 @@ def chunk_s(plan: Plan, rates: Rates, *, past: int, new: int) -> float:
             continue
         tiles, calls = _tiles_and_calls(plan, layer, heads, past, new)
         more = calls - PROBED_CALLS + TILE_CALLS * (tiles - PROBED_TILES)
-        seconds += rates.streamed_layer_s + max(more, 0.0) * call_s
+        seconds += streamed_s + max(more, 0.0) * call_s
     return seconds
 
 

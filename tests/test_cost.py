@@ -142,18 +142,18 @@ def test_tokens_come_out_as_they_were_measured_in_that_file(gib, tokens, chunk, 
 
 
 @pytest.mark.parametrize(
-    ("gib", "tokens", "found_s"),
+    ("gib", "tokens", "chunk", "found_s"),
     [
-        (24, 8192, 0.257),
-        (24, 65_536, 3.88),
-        (20, 65_536, 4.24),
-        (40, 65_536, 3.79),
-        (24, 131_072, 11.87),
-        (24, 262_144, 38.7),
+        (24, 8192, 8192, 0.257),
+        (24, 65_536, 4096, 3.88),
+        (20, 65_536, 4096, 4.24),
+        (40, 65_536, 8192, 3.79),
+        (24, 131_072, 8192, 11.87),
+        (24, 262_144, 8192, 38.7),
     ],
 )
-def test_prompts_come_out_as_they_were_measured_in_that_file(gib, tokens, found_s):
-    plan = planned(gib * GIB, tokens + 64, rates=H200)
+def test_prompts_come_out_as_they_were_measured_in_that_file(gib, tokens, chunk, found_s):
+    plan = planned(gib * GIB, tokens + 64, rates=H200, chunk_tokens=chunk)
     assert predict(plan, H200, prompt_tokens=tokens).prefill_s == pytest.approx(found_s, rel=0.1)
 
 

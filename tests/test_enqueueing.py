@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headinfer import enqueueing
+from headinfer.attention.few_shapes import fills_alone, key_spans
 from headinfer.budget import GIB, MemoryBudget
 from headinfer.cost import chunk_time
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
@@ -73,14 +75,31 @@ def test_short_chunks_take_what_their_host_takes(chunk, past, least_ms, most_ms)
 )
 def test_tiles_are_counted_as_they_are_cut(heads, past, new, tile_bytes):
     plan = streaming(new, tile_bytes=tile_bytes)
-    found, calls = enqueueing._tiles_and_calls(plan, FULL, heads, past, new)
+    found, _ = enqueueing._tiles_and_calls(plan, FULL, heads, past, new)
     slot, token = plan.slot_bytes, 2 * 128 * 2
     cut = list(tiles(0, HeadGroup(0, heads), past, slot_bytes=slot, token_bytes=token))
-    groups = len({tile.group for tile in cut})
     assert found == len(cut)
-    # Heads are attended one by one where the rows of one are enough.
-    groups = heads if 4 * new >= enqueueing.FILLING_ROWS else groups
-    assert calls >= groups + (max(groups, found) if past else 0)
+
+
+@pytest.mark.parametrize("new", [1024, 2048, 4096, 8192, 16_384])
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 131_072), (131_072, 262_144), (786_432, 1_048_576)]
+)
+@pytest.mark.parametrize("per_kv", [4, 7])
+def test_calls_are_counted_as_they_are_made(new, first, last, per_kv):
+    """Over the chunks of a stretch of a prompt, by what attends them: `few_shapes` and `totals`."""
+    layer = replace(FULL, num_query_heads=8 * per_kv)
+    plan = streaming(new, tokens=2 * last)
+    said = made = 0.0
+    for past in range(first, last, new):
+        said += enqueueing._tiles_and_calls(plan, layer, 8, past, new)[1]
+        cut = list(tiles(0, HeadGroup(0, 8), past, slot_bytes=plan.slot_bytes, token_bytes=512))
+        apart = fills_alone(per_kv * new, 132)
+        made += 8 if apart or not cut else len({tile.group for tile in cut})
+        for tile in cut:
+            keys = torch.empty((1, 1, tile.span.tokens, 128), device="meta")
+            made += len(key_spans(keys, new)) * (tile.group.heads if apart else 1)
+    assert said == pytest.approx(made, rel=0.15)
 
 
 def test_without_layers_of_chunks_those_of_tokens_count():

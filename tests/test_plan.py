@@ -17,8 +17,10 @@ from headinfer.errors import BudgetTooSmall, InputError
 from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.options import Options
 from headinfer.plan import (
+    ANSWER_TOKENS,
     LIKELY_TOKENS,
     NEAR_SHARE,
+    _request,
     activation_bytes,
     hiding_tokens,
     make_plan,
@@ -444,6 +446,26 @@ def test_a_longer_answer_is_worth_a_shorter_chunk():
         return make_plan(llama3_8b(), replace(asked, rates=rates), device="cuda").chunk_tokens
 
     assert chunk(1) > chunk(64) > chunk(256) == chunk(4096) == 2048
+
+
+def test_an_answer_counts_as_far_as_it_is_likely():
+    def request(**more):
+        return _request(options(expected_tokens=10_000, **more))
+
+    assert request() == (10_000, ANSWER_TOKENS)
+    assert request(new_tokens=0) == (10_000, 0)
+    assert request(new_tokens=100) == (9900, 100)
+    assert request(new_tokens=4000) == (6000, LIKELY_TOKENS)
+
+
+def test_a_context_that_is_too_long_is_shortened_with_its_answer():
+    """The number to follow is the prompt's."""
+    asked = options(24 * GIB, GIB, expected_tokens=200_000, new_tokens=500, resident_heads=0)
+    with pytest.raises(BudgetTooSmall, match="and 500 new ones") as caught:
+        make_plan(llama3_8b(), asked, device="cuda")
+    prompt = int(re.search(r"a prompt of ([\d,]+)", str(caught.value))[1].replace(",", ""))
+    asked = replace(asked, expected_tokens=prompt + 500)
+    assert make_plan(llama3_8b(), asked, device="cuda")
 
 
 @pytest.mark.parametrize("new", [-1, 1.5, 100, 101])

@@ -127,11 +127,7 @@ def test_a_chunk_that_something_held_up_says_nothing_of_the_others(chunk, held_u
     seconds = simulated(1.0, 1.0, 1.0, 0.0, 0)
     seconds[chunk] += held_up
     errors = eta_errors(clock_of(0), seconds, CHUNK)
-    at_a_tenth = next(error for share, error in errors if share >= 0.1)
-    assert abs(at_a_tenth) <= 0.1
-    # The fifth chunk of the shorter one took a quarter longer than it should have.
-    assert all(abs(error) <= 0.25 for share, error in errors if share >= 0.1)
-    assert all(abs(error) <= 0.02 for share, error in errors if share >= 0.5)
+    assert all(abs(error) <= 0.1 for share, error in errors if share >= 0.1)
 
 
 @pytest.mark.parametrize("slower", [2.0, 3.0])

@@ -23,6 +23,7 @@ class Plan:
         device: "cuda" or "cpu", where the model computes.
         batch: sequences.
         expected_tokens: length planned for; None when it is not known.
+        new_tokens: of these, those that are generated; None when that is not known.
         chunk_tokens: tokens prefilled per forward pass.
         slot_bytes: size of one staging slot; 0 when nothing is staged.
         num_slots: staging slots.
@@ -69,6 +70,7 @@ class Plan:
     kept_bytes: int = 0
     host_computes: bool = False
     threads: int | None = None
+    new_tokens: int | None = None
 
     @property
     def host_room(self) -> int | None:
@@ -104,6 +106,12 @@ class Plan:
         return sum(layer.num_kv_heads for layer in self.geometry.full_layers) - sum(
             self.resident_heads
         )
+
+    def shorten_to(self, tokens: int) -> str:
+        """The remedy of a context that is too long, where `tokens` fit, some of them generated."""
+        new = self.new_tokens or 0
+        beside = f", a prompt of {tokens - new:,} and {new:,} new ones" if 0 < new < tokens else ""
+        return f"shorten the context to {tokens:,} tokens{beside}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -6,8 +6,6 @@ A GPU that is quick, chunks that are short and a host that is slow make that the
 
 from __future__ import annotations
 
-import math
-
 from headinfer.decision import Plan
 from headinfer.geometry import LayerGeometry, LayerKind
 from headinfer.layout import span_tokens
@@ -29,9 +27,10 @@ it, in calls. As H200s' hosts did, 0.2 to 0.3 ms a call; their speed changes by 
 next, and a call timed by itself came out at anything up to that. Assumptions elsewhere."""
 PROBED_CALLS, PROBED_TILES = 3, 1
 """In the streamed layers whose time is in `Rates`."""
-FILLING_ROWS = 15_000
-"""Query rows of a KV head with which an H100 attends head by head (`headinfer.attention.few_shapes`); other
-devices have about as many multiprocessors where this path matters."""
+BLOCK_ROWS, MULTIPROCESSORS, LEAST_BUSY = 128, 132, 0.9
+"""A chunk is attended head by head where the query rows of one keep a GPU busy: as
+`headinfer.attention.few_shapes` has it, with an H100's multiprocessors; other devices have about as many
+where this path matters."""
 
 
 def token_s(plan: Plan, rates: Rates) -> float:
@@ -82,7 +81,8 @@ def _tiles_and_calls(
     plan: Plan, layer: LayerGeometry, heads: int, past: int, new: int
 ) -> tuple[int, float]:
     """Tiles in which `heads` of a layer stream, as `headinfer.layout.tiles` cuts them, and calls that
-    attend them: a square of the chunk with itself, and spans of a power of two chunks before it."""
+    attend them: a square of the chunk with itself, a full tile at once, and of what is left spans of a power of
+    two chunks."""
     token_bytes = plan.batch * layer.head_bytes(1, plan.geometry.itemsize)
     longest = span_tokens(plan.slot_bytes, token_bytes)
     if past <= longest:
@@ -91,8 +91,34 @@ def _tiles_and_calls(
         tiles = groups if past else 0
     else:
         tiles, groups = heads * -(-past // longest), heads
-    if layer.num_query_heads // layer.num_kv_heads * new >= FILLING_ROWS:
+    if _head_by_head(plan, layer, new):
         groups = heads
-    # Of the digits after the first every other one is 1.
-    spans = 1 + math.log2(max(min(past, longest) // new, 1)) / 2 if past else 0.0
-    return tiles, groups + max(tiles, groups) * spans
+    full, rest = divmod(past, longest)
+    if not rest:
+        return tiles, groups * (1 + full)
+    return tiles, groups * (1 + full + _spans(layer, plan.geometry.itemsize, rest, new))
+
+
+def _head_by_head(plan: Plan, layer: LayerGeometry, new: int) -> bool:
+    if (
+        plan.batch > 1
+        or layer.expansion_flops
+        or not _built_per_shape(layer, plan.geometry.itemsize)
+    ):
+        return False
+    blocks = -(-(layer.num_query_heads // layer.num_kv_heads * new) // BLOCK_ROWS)
+    waves = -(-blocks // MULTIPROCESSORS)
+    return blocks >= LEAST_BUSY * waves * MULTIPROCESSORS
+
+
+def _spans(layer: LayerGeometry, itemsize: int, keys: int, rows: int) -> float:
+    """Calls over `keys` keys of a tile that is not full, on average over numbers like this one: of the binary
+    digits after the first every other one is 1."""
+    if not _built_per_shape(layer, itemsize):
+        return 1.0
+    return 1 + (max(keys // rows, 1).bit_length() - 1) / 2
+
+
+def _built_per_shape(layer: LayerGeometry, itemsize: int) -> bool:
+    """Whether cuDNN attends it, as it does 16-bit types of most head dims."""
+    return itemsize == 2 and layer.key_dim == layer.value_dim <= 128

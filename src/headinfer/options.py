@@ -59,6 +59,12 @@ class Options:
     rates: Rates | None = None
     budget_reasons: tuple[str, ...] = ()
 
+    def new_of(self, prompt: int, most: int) -> int:
+        """Of at most `most` tokens with a prompt of `prompt`, those that are generated: as told, or as many
+        as may be."""
+        limit = max(most - prompt, 0)
+        return limit if self.new_tokens is None else min(self.new_tokens, limit)
+
     def __post_init__(self) -> None:
         """Raises InputError for a value no plan could use."""
         for name, least in (

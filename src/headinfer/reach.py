@@ -27,7 +27,11 @@ def longest_context(
     def fits(tokens: int) -> bool:
         try:
             make_plan(
-                geometry, replace(options, expected_tokens=tokens), device=device, batch=batch
+                geometry,
+                # What part of it is generated weighs times, and is more than all of a short one.
+                replace(options, expected_tokens=tokens, new_tokens=None),
+                device=device,
+                batch=batch,
             )
         except BudgetTooSmall:
             return False

@@ -30,7 +30,7 @@ def host_too_small(
     needed, allowed = format_apart(size, budget)
     remedies = [f"Raise host_memory to {size} bytes ({format_bytes(size)})"]
     if shorter >= BLOCK_TOKENS:
-        remedies.append(f"shorten the context to {shorter:,} tokens")
+        remedies.append(plan.shorten_to(shorter))
     if disk_helps:
         remedies.append("let what does not fit lie on a fast disk with disk=FOLDER")
     *first, last = remedies

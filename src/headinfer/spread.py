@@ -210,6 +210,7 @@ def plan_on_cpu(geometry: Geometry, options: Options, batch: int, *, chunk: int)
         device="cpu",
         batch=batch,
         expected_tokens=tokens,
+        new_tokens=options.new_tokens,
         chunk_tokens=chunk,
         slot_bytes=ring.slot_bytes,
         num_slots=ring.num_slots,
@@ -377,7 +378,7 @@ def _within_disk(plan: Plan, needed: int) -> Plan:
         f"{format_bytes(plan.host_bytes)} in host memory its keys and values need "
         f"{format_bytes(needed)} in {plan.disk}; {format_bytes(budget)} are allowed or free there. "
         f"Make room for {needed} bytes ({format_bytes(needed)}) on disk and in disk_memory, name a "
-        f"folder on a larger disk, or shorten the context to {shorter:,} tokens",
+        f"folder on a larger disk, or {plan.shorten_to(shorter)}",
         tier="disk",
         budget_bytes=budget,
         needed_bytes=needed,

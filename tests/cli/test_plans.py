@@ -98,6 +98,7 @@ def test_an_unknown_model_type(headinfer: Program, shape: Any) -> None:
     [
         ("hidden_size", r"how wide the model is \(hidden_size\)"),
         ("num_hidden_layers", r"how many layers it has \(num_hidden_layers\)"),
+        ("vocab_size", r"how many tokens it knows \(vocab_size\)"),
     ],
 )
 def test_a_config_without_a_size_is_refused_rather_than_filled_in(

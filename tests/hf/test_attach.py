@@ -69,6 +69,33 @@ def test_plans_know_how_many_tokens_are_generated(model, monkeypatch):
     assert len(seen) == 2
 
 
+def test_what_is_said_of_new_tokens_counts_and_a_prompt_of_embeddings_is_part_of_the_length(
+    model, monkeypatch
+):
+    seen = []
+
+    def noted(geometry, options, **how):
+        seen.append((options.expected_tokens, options.new_tokens))
+        return make_plan(geometry, options, **how)
+
+    monkeypatch.setattr("headinfer.hf.attach.make_plan", noted)
+    monkeypatch.setattr("headinfer.hf.backing.make_plan", noted)
+    prompt = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(1))
+    with headinfer.attach(model, new_tokens=3):
+        generate(model, 300, new=8)
+        model.generate(
+            inputs_embeds=model.get_input_embeddings()(prompt), max_new_tokens=8, do_sample=False
+        )
+    assert set(seen) == {(308, 3)}
+    assert len(seen) == 4
+
+
+def test_a_cache_of_another_length_knows_nothing_of_the_session_s_answer(model):
+    with headinfer.attach(model, expected_tokens=400, new_tokens=16) as run:
+        assert run.new_cache(expected_tokens=10).backing.options.new_tokens is None
+        assert run.new_cache().backing.options.new_tokens == 16
+
+
 def test_room_for_new_tokens_is_bounded(model):
     with headinfer.attach(model) as run:
         prompt = torch.zeros((1, 10), dtype=torch.long)

@@ -110,6 +110,14 @@ def test_a_machine_that_was_not_measured_gives_memory_without_times(cache: Path)
     assert "predicted_ttft_s" not in found.outlooks[0].as_dict()
 
 
+@pytest.mark.parametrize("new", [0, 256])
+def test_the_longest_context_may_be_shorter_than_the_answer_and_a_prompt(new: int) -> None:
+    """What is tried on the way to it has no room for the answer that was asked for."""
+    token_bytes = 4 * 2 * 2 * 32 * 4
+    found = forecast(shape(), [100], new_tokens=new, device="cpu", host_memory=400 * token_bytes)
+    assert found.longest_tokens == 384
+
+
 def test_a_machine_that_was_measured_gives_times(cache: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(probe, "measure", lambda device, dtype: SOME)
     rates_for(CPU, torch.float32)

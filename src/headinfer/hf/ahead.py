@@ -24,7 +24,7 @@ def plan_for(
     config: PreTrainedConfig,
     *,
     prompt_tokens: int,
-    new_tokens: int = 0,
+    new_tokens: int | None = None,
     batch: int = 1,
     device: str | None = None,
     weight_bytes: int = 0,
@@ -36,7 +36,7 @@ def plan_for(
     Args:
         config: a transformers config.
         prompt_tokens: prompt length.
-        new_tokens: tokens to be generated.
+        new_tokens: tokens to be generated; None: none, and for weighing times 64.
         batch: sequences.
         device: "cuda" or "cpu"; default: "cuda" when gpu_memory is given or a GPU is there.
         weight_bytes: bytes of the weights on the device; 0 counts the cache alone.
@@ -49,8 +49,8 @@ def plan_for(
     """
     rest: CacheOptions = {
         **options,
-        "expected_tokens": prompt_tokens + new_tokens,
-        "new_tokens": new_tokens or None,
+        "expected_tokens": prompt_tokens + (new_tokens or 0),
+        "new_tokens": new_tokens,
     }
     device, record = resolved_for(options_from(rest), device, weight_bytes=weight_bytes)
     geometry = geometry_of(config, weight_bytes=weight_bytes, weights=weights)

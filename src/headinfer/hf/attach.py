@@ -182,6 +182,8 @@ class Session:
         config = _decoder_config(self.model)
         size, more = self._geometry.weight_bytes, self._geometry.weights
         given: CacheOptions = {**self._given, **options}
+        if "expected_tokens" in options and "new_tokens" not in options:
+            given["new_tokens"] = None  # the session's are part of another length
         self.cache = HeadCache(config, weight_bytes=size, weights=more, **given)
         self.cache.backing.chunk = self._chunk
         self.cache.backing.one_device = on_one_device(self.model)
@@ -296,8 +298,10 @@ class Session:
         options = resolve_budget(self._options, self._device)
         for tokens in lengths:
             try:
-                new = tokens - prompt if tokens > prompt else None
-                asked = replace(options, expected_tokens=tokens, new_tokens=new)
+                asked = replace(options, expected_tokens=tokens)
+                if options.expected_tokens is None:
+                    new = options.new_of(prompt, tokens) if tokens > prompt else None
+                    asked = replace(asked, new_tokens=new)
                 plan = make_plan(self._geometry, asked, device=self._device.type, batch=batch)
             except BudgetTooSmall:
                 continue

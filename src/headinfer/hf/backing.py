@@ -134,7 +134,8 @@ class Backing:
             return make_plan(geometry, options, device=device, batch=batch)
         prompt, most = self.length
         try:
-            likely = replace(options, expected_tokens=most, new_tokens=most - prompt)
+            new = options.new_of(prompt, most)
+            likely = replace(options, expected_tokens=most, new_tokens=new)
             return make_plan(geometry, likely, device=device, batch=batch)
         except BudgetTooSmall as whole:  # the prompt may fit even if the longest answer would not
             least = replace(options, expected_tokens=prompt, new_tokens=None)

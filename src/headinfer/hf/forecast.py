@@ -151,7 +151,7 @@ def forecast(
     given: CacheOptions = {
         **options,
         "expected_tokens": tokens[-1] + new_tokens,
-        "new_tokens": new_tokens or None,
+        "new_tokens": new_tokens,
     }
     device, asked = resolved_for(options_from(given), device, weight_bytes=weight_bytes)
     asked = replace(asked, budget_reasons=(*asked.budget_reasons, *notes))

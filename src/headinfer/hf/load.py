@@ -194,6 +194,7 @@ _SIZES = {
         "layers_block_type",
         "block_types",
     ),
+    "how many tokens it knows (vocab_size)": ("vocab_size", "n_vocab", "vocabulary_size"),
 }
 """What a size is called in configs, whatever the model."""
 

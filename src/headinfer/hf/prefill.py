@@ -153,7 +153,9 @@ class Prefill:
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration and is_decoder else None
         prompt = (input_ids if embeds is None else embeds).shape[1]
         if is_first_iteration and is_decoder and self._announce is not None:
-            most = max(generation_config.max_length or 0, prompt + 1)
+            # transformers counts a prompt of embeddings apart.
+            beside = prompt - input_ids.shape[1]
+            most = max((generation_config.max_length or 0) + beside, prompt + 1)
             rows = (input_ids if embeds is None else embeds).shape[0]
             self._chunk_tokens = self._announce(prompt, most, rows) or self._chunk_tokens
         chunk = generation_config.prefill_chunk_size or self._chunk_tokens

@@ -91,6 +91,8 @@ def test_a_real_run_leaves_a_file_that_can_be_shown(
 
     checked = [Check("taken for granted", True, 0.0, 1.0)]
     monkeypatch.setattr(program, "verify", lambda devices, say: checked)
+    # What is measured while other tests run is nothing for anybody's plans.
+    monkeypatch.setenv("HEADINFER_CACHE", str(tmp_path / "cache"))
     out = str(tmp_path / "out.json")
     choice = ("--case", "decode-tiny", "--contestant", "planned", "--contexts", "64")
     result = headinfer("bench", *choice, "--quick", "--device", "cpu", "--out", out)
@@ -100,6 +102,7 @@ def test_a_real_run_leaves_a_file_that_can_be_shown(
     assert results.find("decode-tiny", "planned", 64, "token") is not None
     assert results.rate("host read") is not None
     assert results.sessions[0].versions["headinfer"]
+    assert list((tmp_path / "cache").glob("rates-*.json"))
     assert json.loads(Path(out).read_text())["sessions"][0]["command"].startswith("headinfer")
     shown = headinfer("bench", "show", out)
     assert shown.out == result.out

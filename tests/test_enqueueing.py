@@ -14,31 +14,14 @@ from headinfer import enqueueing
 from headinfer.attention.few_shapes import fills_alone, key_spans
 from headinfer.budget import GIB, MemoryBudget
 from headinfer.cost import chunk_time
-from headinfer.geometry import Geometry, LayerGeometry, LayerKind
 from headinfer.layout import HeadGroup, tiles
 from headinfer.options import Options
 from headinfer.plan import make_plan
-from headinfer.rates import Rates
+from headinfer.testing.recorded import FULL, H200, LLAMA3_8B
 
-FULL = LayerGeometry(LayerKind.FULL, 8, 128, 128, 32)
-LLAMA3_8B = Geometry(
-    (FULL,) * 32, 2, 4096, 14336, 128256, 15 * GIB, 8192, "Llama-3-8B", dtype="bfloat16"
-)
-H200 = Rates(
-    machine="NVIDIA H200",
-    dtype="bfloat16",
-    block_flops=497e12,
-    attention_flops={64: 452e12, 128: 638e12},
-    weight_bytes_s=3791e9,
-    resident_bytes_s=3646e9,
-    layer_s=0.1e-3,
-    token_s=0.36e-3,
-    chunk_layer_s=2.5e-3,
-    streamed_layer_s=2.5e-3,
-    h2d_bytes_s=55.5e9,
-)
-"""An H200 whose host took 1.9 to 3.1 ms to enqueue a layer, resident or streamed alike, from one
-measurement to the next."""
+SLOW_HOST = replace(H200, chunk_layer_s=2.5e-3, streamed_layer_s=2.5e-3)
+"""Whose host took 1.9 to 3.1 ms to enqueue a layer, resident or streamed alike, from one measurement to the
+next."""
 
 
 def streaming(chunk: int, tokens: int = 262_144, **more):
@@ -61,7 +44,7 @@ def test_short_chunks_take_what_their_host_takes(chunk, past, least_ms, most_ms)
     """Chunks whose host was busy all the time, and the GPU done within 2 ms of it: four of each, nothing
     resident, packed keys, Llama-3-8B's shape. Without their calls they would be said to take 80 ms."""
     plan = streaming(chunk, tokens=past * 1024 + 12 * chunk, kv_format="lossless")
-    step = chunk_time(plan, H200, past=past * 1024, new=chunk)
+    step = chunk_time(plan, SLOW_HOST, past=past * 1024, new=chunk)
     assert least_ms * 0.8 < step.parts["launching"] * 1e3 < most_ms
     assert step.limit == "launching"
 
@@ -103,6 +86,6 @@ def test_calls_are_counted_as_they_are_made(new, first, last, per_kv):
 
 
 def test_without_layers_of_chunks_those_of_tokens_count():
-    unknown = replace(H200, chunk_layer_s=None)
+    unknown = replace(SLOW_HOST, chunk_layer_s=None)
     found = enqueueing.chunk_s(streaming(4096), unknown, past=100_000, new=4096)
-    assert found == pytest.approx(32 * 0.1e-3 + 0.36e-3)
+    assert found == pytest.approx(32 * H200.layer_s + H200.token_s)

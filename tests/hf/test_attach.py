@@ -53,8 +53,9 @@ def test_the_length_is_learned_from_generate(model):
         assert run.stats.host_bytes == 308 * TOKEN_BYTES
 
 
-def test_plans_know_how_many_tokens_are_generated(model, monkeypatch):
-    """Those of `generate()` and the one that its chunk comes from, in agreement."""
+@pytest.fixture
+def lengths(monkeypatch):
+    """(all tokens, new ones) of every plan that is made."""
     seen = []
 
     def noted(geometry, options, **how):
@@ -63,31 +64,28 @@ def test_plans_know_how_many_tokens_are_generated(model, monkeypatch):
 
     monkeypatch.setattr("headinfer.hf.attach.make_plan", noted)
     monkeypatch.setattr("headinfer.hf.backing.make_plan", noted)
+    return seen
+
+
+def test_plans_know_how_many_tokens_are_generated(model, lengths):
+    """Those of `generate()` and the one that its chunk comes from, in agreement."""
     with headinfer.attach(model):
         generate(model, 300, new=8)
-    assert set(seen) == {(308, 8)}
-    assert len(seen) == 2
+    assert set(lengths) == {(308, 8)}
+    assert len(lengths) == 2
 
 
 def test_what_is_said_of_new_tokens_counts_and_a_prompt_of_embeddings_is_part_of_the_length(
-    model, monkeypatch
+    model, lengths
 ):
-    seen = []
-
-    def noted(geometry, options, **how):
-        seen.append((options.expected_tokens, options.new_tokens))
-        return make_plan(geometry, options, **how)
-
-    monkeypatch.setattr("headinfer.hf.attach.make_plan", noted)
-    monkeypatch.setattr("headinfer.hf.backing.make_plan", noted)
     prompt = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(1))
     with headinfer.attach(model, new_tokens=3):
         generate(model, 300, new=8)
         model.generate(
             inputs_embeds=model.get_input_embeddings()(prompt), max_new_tokens=8, do_sample=False
         )
-    assert set(seen) == {(308, 3)}
-    assert len(seen) == 4
+    assert set(lengths) == {(308, 3)}
+    assert len(lengths) == 4
 
 
 def test_a_cache_of_another_length_knows_nothing_of_the_session_s_answer(model):
